@@ -1,0 +1,20 @@
+"""Where rows live, one file a format."""
+
+from ddp_stream.sources.base import DataError, Source
+from ddp_stream.sources.csv import Csv
+from ddp_stream.sources.memory import InMemory, SyntheticRegression, TorchDataset
+from ddp_stream.sources.npy import Npy
+from ddp_stream.sources.open import open_source
+from ddp_stream.sources.parquet import Parquet
+
+__all__ = [
+    "Csv",
+    "DataError",
+    "InMemory",
+    "Npy",
+    "Parquet",
+    "Source",
+    "SyntheticRegression",
+    "TorchDataset",
+    "open_source",
+]

@@ -1,0 +1,63 @@
+"""From a path to a source."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddp_stream.sources.base import DataError, Source
+from ddp_stream.sources.csv import Csv
+from ddp_stream.sources.files import existing_files
+from ddp_stream.sources.npy import Npy
+from ddp_stream.sources.parquet import Parquet
+
+FORMATS = {".csv": Csv, ".tsv": Csv, ".parquet": Parquet, ".pq": Parquet, ".npy": Npy}
+
+
+def open_source(
+    path: str | Path | Sequence[str | Path],
+    columns: Sequence[str] | None = None,
+    fill_null: float | None = None,
+) -> Source:
+    """The source for a file, a directory, a glob, or a list of them, by suffix; several files are laid end to end.
+
+    A directory stands for the files in it of a known format, a glob for the files it matches, both sorted by name.
+    Files whose names begin with `.` or `_` are left out, as everywhere in the field.
+
+    Args:
+        path: what to open
+        columns: read these columns only
+        fill_null: what stands in for nulls in numeric columns of text and Parquet files; None makes a null an error
+
+    Raises:
+        DataError: nothing there, an unknown or a mixed format, an empty file, differing schemas, an unknown column.
+    """
+    parts = [path] if isinstance(path, (str, Path)) else list(path)
+    files = [file for part in parts for file in _expand(str(part))]
+    suffixes = sorted({Path(file).suffix.lower() for file in files})
+    if len(suffixes) != 1 or suffixes[0] not in FORMATS:
+        raise DataError(
+            f"{path}: found {len(files)} files with the suffixes {suffixes}; a dataset is files of one format out of "
+            f"{', '.join(FORMATS)}"
+        )
+    format_ = FORMATS[suffixes[0]]
+    existing_files(files)
+    source: Source = Npy(files) if format_ is Npy else format_(files, fill_null=fill_null)
+    return source.select(columns) if columns is not None else source
+
+
+def _expand(path: str) -> list[str]:
+    if Path(path).is_dir():
+        inside = sorted(entry for entry in Path(path).iterdir() if entry.is_file() and entry.name[0] not in "._")
+        found = [str(entry) for entry in inside if entry.suffix.lower() in FORMATS]
+        if not found:
+            seen = ", ".join(entry.name for entry in inside[:5]) or "no files"
+            raise DataError(f"{path} is a directory without a file of a known format ({', '.join(FORMATS)}): {seen}")
+        return found
+    if not Path(path).exists() and glob.has_magic(path):
+        found = sorted(name for name in glob.glob(path, recursive=True) if Path(name).name[0] not in "._")
+        if not found:
+            raise DataError(f"{path} matches no file")
+        return found
+    return [path]

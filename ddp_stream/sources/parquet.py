@@ -1,0 +1,77 @@
+"""Parquet files: row groups are the blocks, and only the columns asked for are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ddp_stream.sources.base import DataError
+from ddp_stream.sources.files import BlockSource, existing_files
+
+
+class Parquet(BlockSource):
+    """Rows of one Parquet file, or of several laid end to end.
+
+    Args:
+        paths: the files, in order
+        fill_null: what stands in for a null in a numeric column; None makes a null an error
+    """
+
+    def __init__(self, paths: str | Sequence[str], fill_null: float | None = None) -> None:
+        files = existing_files(paths)
+        sizes: list[int] = []
+        block_file: list[int] = []
+        self_group: list[int] = []
+        schema: pa.Schema | None = None
+        for index, path in enumerate(files):
+            with self._open(path) as file:
+                metadata, found = file.metadata, file.schema_arrow.remove_metadata()
+                if schema is None:
+                    schema = found
+                elif not found.equals(schema):
+                    raise DataError(schema_difference(path, found, files[0], schema))
+                for group in range(metadata.num_row_groups):
+                    sizes.append(metadata.row_group(group).num_rows)
+                    block_file.append(index)
+                    self_group.append(group)
+        self._group = np.array(self_group, np.int64)
+        offsets = np.cumsum([0, *sizes], dtype=np.int64)
+        if offsets[-1] == 0:
+            raise DataError(f"{files[0]} has columns but no rows: there is nothing to train on")
+        assert schema is not None
+        super().__init__(files, offsets, np.array(block_file, np.int64), schema, fill_null)
+
+    def _open(self, path: str) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(path, memory_map=True)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path} is no Parquet file that can be read: {error}") from None
+
+    def _read_block(self, handle: Any, block: int) -> pa.Table:
+        path = self.paths[self._block_file[block]]
+        try:
+            return handle.read_row_group(int(self._group[block]), columns=self._schema.names)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: row group {self._group[block]} cannot be read: {error}") from None
+
+
+def schema_difference(path: str, found: pa.Schema, first_path: str, first: pa.Schema) -> str:
+    """Which column makes `found` of `path` differ from `first` of `first_path`, as an error message."""
+    rule = "files of one dataset must have the same columns, in the same order"
+    for name in first.names:
+        if name not in found.names:
+            return f"{path} has no column {name!r}, which {first_path} has; {rule}"
+    for name in found.names:
+        if name not in first.names:
+            return f"{path} has a column {name!r}, which {first_path} has not; {rule}"
+    for name in first.names:
+        if found.field(name).type != first.field(name).type:
+            return (
+                f"{path} holds {found.field(name).type} in column {name!r}, where {first_path} holds "
+                f"{first.field(name).type}; {rule}"
+            )
+    return f"{path} has its columns in another order than {first_path}: {found.names} and {first.names}; {rule}"

@@ -1,0 +1,121 @@
+"""The configuration of a run. The text under a field is its help on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ddp_stream.order import Shuffle
+from ddp_stream.partition import Tail
+from ddp_stream.sources import Source
+from ddp_stream.training.task import Task
+
+
+@dataclass
+class DataConfig:
+    """Where rows come from, and how they are dealt."""
+
+    path: str | None = None
+    """A file, a directory or a glob of CSV, TSV, Parquet or .npy files; by default 1,000 synthetic rows."""
+    source: Source | None = None
+    """A source by import path, with its arguments as --data.source.NAME; in place of path."""
+    columns: list[str] | None = None
+    """Read these columns only; by default those that the task uses."""
+    fill_null: float | None = None
+    """The value that stands in for nulls in numeric columns; by default a null is an error."""
+    global_batch_size: int = 64
+    """Rows of one optimizer step over all ranks."""
+    micro_batch_size: int | None = None
+    """Most rows of one forward pass on one rank; gradients are accumulated over as many as it takes."""
+    shuffle: Shuffle | None = None
+    """The order of an epoch; by default blocks where the source has blocks (Parquet, CSV), else full."""
+    window_rows: int | None = None
+    """Rows shuffled together by the blocks order; by default about four blocks."""
+    lanes: int = 1
+    """Slices of the order that a batch is drawn from side by side; divides global_batch_size."""
+    tail: Tail = "pad"
+    """The last step: pad keeps every row, drop leaves out the rows that do not fill a step, and says how many."""
+    num_workers: int = 2
+    """Processes on every rank that read ahead; 0 reads in the training process."""
+    pin_memory: bool | None = None
+    """Page-locked host memory; by default where there is an accelerator."""
+    persistent_workers: bool | None = None
+    """Keep workers from one epoch to the next; by default yes."""
+    prefetch_factor: int | None = None
+    """Messages of several steps that every worker prepares ahead; by default torch's."""
+    multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = None
+    """How workers start; by default Python's way."""
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer, unless the task brings its own, and the learning rate."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    """The optimizer."""
+    lr: float = 1e-3
+    """The learning rate at its peak."""
+    weight_decay: float = 0.0
+    """L2 penalty (adam, sgd) or decoupled decay (adamw)."""
+    momentum: float = 0.0
+    """Momentum of sgd."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up: constant, or a cosine down to 0 at the last step."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly to its peak."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of a whole step; larger ones are scaled down."""
+
+
+@dataclass
+class RunConfig:
+    """Where the run leaves its results."""
+
+    dir: str | None = None
+    """The run directory; by default a new one under runs/."""
+
+
+@dataclass
+class AuditConfig:
+    """The proof."""
+
+    trace: bool = False
+    """Write every row id of every step and rank to RUN/trace/."""
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    """online sends metrics to wandb, offline writes its files into the run directory."""
+    project: str = "ddp_stream"
+    """The project they belong to."""
+
+
+@dataclass
+class TrainConfig:
+    """Train a task on every row of the data, exactly once per epoch, and prove it."""
+
+    task: Task
+    """What to train, by import path, with its arguments as --task.NAME."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where rows come from, and how they are dealt."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer and the learning rate."""
+    engine: Literal["ddp", "accelerate"] = "ddp"
+    """Who shares the gradients: torch's DistributedDataParallel by hand, or Hugging Face accelerate."""
+    epochs: int = 3
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, even inside an epoch."""
+    seed: int = 0
+    """Decides the shuffle, the first weights and all random numbers of training."""
+    timeout_s: float = 300.0
+    """Seconds after which a collective operation that some rank does not join is an error."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where the run leaves its results."""
+    audit: AuditConfig = field(default_factory=AuditConfig)
+    """The proof."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""

@@ -1,0 +1,73 @@
+"""From the host to the device: one batch ahead, on a stream of its own, without blocking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+from ddp_stream.batch import Batch, move
+
+T = TypeVar("T")
+
+
+def transfer(batches: Iterable[T], device: torch.device | str) -> Iterator[T]:
+    """The same batches on `device`.
+
+    Where the device has streams, the copy of the next batch runs while the current one is worked on: it is queued on
+    a side stream, from pinned memory, and the working stream waits for it on the device, not on the host. The host's
+    batch is held until its copy is done, so that its memory is not written to again too early. Elsewhere (CPU)
+    nothing is read ahead.
+
+    Args:
+        batches: what to move; each a `Batch`, or tensors in nested mappings, lists and tuples
+        device: where to
+    """
+    device = torch.device(device)
+    if device.type == "cpu" or not hasattr(torch, device.type) or not hasattr(getattr(torch, device.type), "stream"):
+        for batch in batches:
+            yield move(batch, device)
+        return
+    yield from _ahead(batches, device)
+
+
+def _ahead(batches: Iterable[T], device: torch.device) -> Iterator[T]:
+    module = getattr(torch, device.type)  # torch.cuda, torch.xpu, ...: each has its own context manager for streams
+    side = torch.Stream(device)
+    held: tuple[Any, Any, torch.Event] | None = None
+    for batch in batches:
+        with module.stream(side):
+            moved = move(batch, device)
+        done = side.record_event()
+        if held is not None:
+            yield _hand_over(held, device)
+        held = (batch, moved, done)
+    if held is not None:
+        yield _hand_over(held, device)
+
+
+def _hand_over(held: tuple[Any, Any, torch.Event], device: torch.device) -> Any:
+    source, moved, done = held
+    working = torch.accelerator.current_stream(device)
+    working.wait_event(done)
+    for tensor in _tensors(moved):
+        # The allocator must not give this memory away while the working stream still uses it.
+        tensor.record_stream(working)
+    done.synchronize()  # the copy was queued a whole step ago; `source` may go once it is done
+    del source
+    return moved
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Batch):
+        yield value.weight
+        yield from _tensors(dict(value))
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (str, bytes)):
+        for item in value:
+            yield from _tensors(item)
