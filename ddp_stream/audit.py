@@ -141,7 +141,8 @@ class Proof:
             self._pending, self._pending_rows = [], 0
             self.digest.fold(rows)
             if self._table is not None:
-                np.add.at(self._table, rows[(rows >= 0) & (rows < self.plan.total)], 1)
+                # The addend's type matters: with a Python 1 this is 60 times slower.
+                np.add.at(self._table, rows[(rows >= 0) & (rows < self.plan.total)], np.uint8(1))
 
     def verdict(self, order: Order, end: int | None = None) -> Verdict:
         """Judge the rows recorded so far against those at offsets before `end`; a collective call.

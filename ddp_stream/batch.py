@@ -107,6 +107,8 @@ class Batch(Mapping[str, Any]):
 
 def cut(value: Any, part: slice) -> Any:
     """Rows `part` of a column; a column may be a mapping or a tuple of columns."""
+    if isinstance(value, torch.Tensor):
+        return value[part]
     if isinstance(value, Mapping):
         return {name: cut(item, part) for name, item in value.items()}
     if isinstance(value, tuple):

@@ -41,13 +41,27 @@ class StreamingDataset(IterableDataset[Any]):
     def __init__(self, source: Source) -> None:
         super().__init__()
         self.source = source
+        self._rank_topology: Topology | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned worker has no torch.distributed to ask, and perhaps no environment: its rank tells it.
+        rank_topology = Topology.detect() if get_worker_info() is None else self._rank_topology
+        return {**self.__dict__, "_rank_topology": rank_topology}
+
+    def topology(self) -> Topology:
+        """This reader among all readers."""
+        found = Topology.detect()
+        told = self._rank_topology
+        if get_worker_info() is None or told is None:
+            return found
+        return Topology(told.rank, told.world_size, found.worker, found.num_workers)
 
     def bounds(self, topology: Topology) -> tuple[int, int]:
         """The half-open range of rows that `topology` reads."""
         return shard_bounds(len(self.source), topology.global_worker, topology.global_workers)
 
     def __iter__(self) -> Iterator[Any]:
-        start, end = self.bounds(Topology.detect())
+        start, end = self.bounds(self.topology())
         sample = getattr(self.source, "sample", functools.partial(Source.sample, self.source))
         for first in range(start, end, _SAMPLES_AT_ONCE):
             rows = np.arange(first, min(first + _SAMPLES_AT_ONCE, end))

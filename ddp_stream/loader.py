@@ -8,6 +8,7 @@ source.take(rows) -> transform -> a span of several steps     in the worker
 
 from __future__ import annotations
 
+import multiprocessing.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -118,6 +119,10 @@ class StreamLoader:
                 worker_init_fn=start_worker,
             )
         self._data_loader: DataLoader[Any] | None = None
+        self._running: list[Any] = []  # the DataLoader's iterator, which owns the workers
+        # Workers ignore SIGTERM, by which multiprocessing would end them at exit, to wait for them for ever. So they
+        # are told to end before that, and before (priority 10) the queues close by which they are told.
+        multiprocessing.util.Finalize(self, _end_workers, args=(self._running,), exitpriority=100)
         self._epoch = 0
         self._offset = 0
         self._loaded = False  # a state was loaded: the next iteration starts at its offset
@@ -212,7 +217,9 @@ class StreamLoader:
             self._reader.span_steps = self._steps_per_message()
             # A generator of its own, because the DataLoader would otherwise draw from the global one.
             self._data_loader = DataLoader(self._reader, batch_size=None, generator=torch.Generator(), **self._options)
-        return iter(self._data_loader)
+        self._running[:] = [iter(self._data_loader)]
+        iterator: Iterator[Span | PackedSpan] = self._running[0]
+        return iterator
 
     def _steps_per_message(self) -> int:
         """As many steps as fit `MESSAGE_BYTES`, but few enough that all workers have some in every epoch."""
@@ -241,6 +248,18 @@ class StreamLoader:
             filled=filled,
             span=part,
         )
+
+
+def _end_workers(running: list[Any]) -> None:
+    """End the workers of a DataLoader's iterator: by its own protocol, and those that are stuck by force."""
+    for iterator in running:
+        workers = getattr(iterator, "_workers", [])
+        if workers:
+            iterator._shutdown_workers()
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+    running.clear()
 
 
 def _resolve_shuffle(shuffle: Shuffle | bool | None, source: Source) -> Shuffle:

@@ -55,6 +55,8 @@ class _Tabular(Task):
         assert self.features is not None, "setup() names the features"
         parts = [as_tensor(columns[name]) for name in self.features]
         parts = [part.reshape(len(part), -1) for part in parts]
+        if len(parts) == 1 and parts[0].dtype == torch.float32:
+            return parts[0]
         out = torch.empty(len(parts[0]), sum(part.shape[1] for part in parts))
         start = 0
         for part in parts:

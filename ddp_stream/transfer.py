@@ -25,7 +25,7 @@ def transfer(batches: Iterable[T], device: torch.device | str) -> Iterator[T]:
         device: where to
     """
     device = torch.device(device)
-    if device.type == "cpu" or not hasattr(torch, device.type) or not hasattr(getattr(torch, device.type), "stream"):
+    if device.type == "cpu" or not hasattr(getattr(torch, device.type, None), "Stream"):
         for batch in batches:
             yield move(batch, device)
         return
@@ -33,28 +33,27 @@ def transfer(batches: Iterable[T], device: torch.device | str) -> Iterator[T]:
 
 
 def _ahead(batches: Iterable[T], device: torch.device) -> Iterator[T]:
-    module = getattr(torch, device.type)  # torch.cuda, torch.xpu, ...: each has its own context manager for streams
-    side = torch.Stream(device)
-    held: tuple[Any, Any, torch.Event] | None = None
+    module = getattr(torch, device.type)  # torch.cuda, torch.xpu, ...
+    side = module.Stream(device)
+    held: tuple[Any, Any, Any] | None = None
     for batch in batches:
         with module.stream(side):
             moved = move(batch, device)
         done = side.record_event()
         if held is not None:
-            yield _hand_over(held, device)
+            yield _hand_over(*held, module.current_stream(device))
         held = (batch, moved, done)
     if held is not None:
-        yield _hand_over(held, device)
+        yield _hand_over(*held, module.current_stream(device))
 
 
-def _hand_over(held: tuple[Any, Any, torch.Event], device: torch.device) -> Any:
-    source, moved, done = held
-    working = torch.accelerator.current_stream(device)
+def _hand_over(source: Any, moved: Any, done: Any, working: Any) -> Any:
+    """`moved`, safe to use on the stream `working`, once its copy from `source` is done."""
     working.wait_event(done)
     for tensor in _tensors(moved):
         # The allocator must not give this memory away while the working stream still uses it.
         tensor.record_stream(working)
-    done.synchronize()  # the copy was queued a whole step ago; `source` may go once it is done
+    done.synchronize()  # the copy was queued a whole step ago; only now may `source` go
     del source
     return moved
 

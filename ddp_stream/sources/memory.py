@@ -45,10 +45,10 @@ class InMemory(Source):
 def gather(column: Column, rows: Ints) -> Column:
     """Values of `column` at `rows`."""
     if isinstance(column, torch.Tensor):
-        return column[torch.from_numpy(rows)]
+        return column.index_select(0, torch.from_numpy(rows))
     if isinstance(column, list):
         return [column[row] for row in rows.tolist()]
-    return column[rows]
+    return column.take(rows, axis=0)
 
 
 class SyntheticRegression(Source):

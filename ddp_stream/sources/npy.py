@@ -64,13 +64,13 @@ class Npy(Source):
     def take(self, rows: Ints) -> Columns:
         arrays = self._open()
         if len(arrays) == 1:
-            values = arrays[0][rows]
+            values = arrays[0].take(rows, axis=0)
         else:
             values = np.empty((len(rows), *arrays[0].shape[1:]), arrays[0].dtype)
             file = np.searchsorted(self._offsets, rows, side="right") - 1
             for index in np.unique(file).tolist():
                 here = np.flatnonzero(file == index)
-                values[here] = arrays[index][rows[here] - self._offsets[index]]
+                values[here] = arrays[index].take(rows[here] - self._offsets[index], axis=0)
         if self._names is None:
             return {_COLUMN: values}
         return {name: np.ascontiguousarray(values[name]) for name in self._names}

@@ -16,7 +16,6 @@ from torch import nn
 
 from ddp_stream.audit import Proof, Verdict
 from ddp_stream.loader import StreamLoader
-from ddp_stream.order import mix
 from ddp_stream.training.config import TrainConfig
 from ddp_stream.training.data import make_loader, make_source
 from ddp_stream.training.engine import Engine, make_engine
@@ -65,7 +64,13 @@ def train(config: TrainConfig, config_yaml: str = "") -> Result:
         WorldError: not all promised processes run.
         DataError, ValueError: the data or the configuration stand in the way.
     """
-    engine = make_engine(config.engine, config.timeout_s)
+    try:
+        engine = make_engine(config.engine, config.timeout_s)
+    except Exception as error:
+        if config.run.dir is not None:  # without an engine there is no way to agree on another one
+            Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+            _report_failure(error, RunDir(Path(config.run.dir), int(os.environ.get("RANK", "0"))), 0)
+        raise
     rank = engine.topology.rank
     run = RunDir(engine.from_rank_0(choose_run_dir(config.run.dir, os.environ)), rank)
     training: Training | None = None
@@ -115,7 +120,7 @@ class Training:
             topology=engine.topology,
             transform=self.task.transform if changed else None,
         )
-        torch.manual_seed(mix(config.seed) >> 1)
+        engine.seed(config.seed)
         model = self.task.build_model().to(engine.device)
         optimizer = self.task.configure_optimizer(model) or make_optimizer(config.optim, model)
         engine.prepare(model, optimizer)
@@ -173,7 +178,7 @@ class Training:
         for batch in transfer(self.loader, self.engine.device):
             lr = self.schedule.set(self.step)
             # What is drawn in a step depends on the step, not on how we got there.
-            torch.manual_seed(mix(self.config.seed, self.step, self.engine.topology.rank) >> 1)
+            self.engine.seed(self.config.seed, self.step, self.engine.topology.rank)
             loss = self.engine.step(self.task, batch, data.micro_batch_size, optim.clip_norm)
             self.step += 1
             end = batch.offset + self.loader.plan.stride

