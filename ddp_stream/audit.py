@@ -165,9 +165,9 @@ class Proof:
                 duplicate = 1
             return Verdict(seen.count, expected.count, left_out, missing, duplicate, False, counted=False)
         counts = all_reduce_sum(torch.from_numpy(self._table.astype(np.int64))).numpy()
-        wanted = np.zeros(self.plan.total, np.int64)
-        for rows in self._rows_between(order, 0, end, Topology()):
-            wanted[rows] = 1
+        wanted = np.ones(self.plan.total, np.int64)
+        for rows in self._rows_between(order, end, self._longest_lane, Topology()):
+            wanted[rows] = 0
         missing_rows = np.flatnonzero(counts < wanted)
         duplicate_rows = np.flatnonzero(counts > wanted)
         return Verdict(
@@ -201,13 +201,17 @@ class Proof:
                 for first in range(start, stop, _FOLD_ROWS):
                     self._whole.fold(np.arange(first, min(first + _FOLD_ROWS, stop)))
             digest = Digest(self._whole.count, self._whole.sums.copy())
-            for rows in self._rows_between(order, end, -(-self.plan.total // self.plan.lanes), self._topology):
+            for rows in self._rows_between(order, end, self._longest_lane, self._topology):
                 digest.fold(rows, sign=-1)
             return digest
         digest = Digest()
         for rows in self._rows_between(order, 0, end, self._topology):
             digest.fold(rows)
         return digest
+
+    @property
+    def _longest_lane(self) -> int:
+        return -(-self.plan.total // self.plan.lanes)
 
     def _rows_between(self, order: Order, start: int, end: int, topology: Topology) -> Iterator[NDArray[np.int64]]:
         """This rank's share of the row ids at lane offsets `start..end-1`."""

@@ -52,8 +52,9 @@ class _Tabular(Task):
         return {"features": self._stack(columns), "label": self._label(columns[self.label])}
 
     def _stack(self, columns: Columns) -> torch.Tensor:
+        """The features side by side, `[rows, n]` float32."""
         assert self.features is not None, "setup() names the features"
-        parts = [as_tensor(columns[name]) for name in self.features]
+        parts: list[torch.Tensor] = [as_tensor(columns[name]) for name in self.features]
         parts = [part.reshape(len(part), -1) for part in parts]
         if len(parts) == 1 and parts[0].dtype == torch.float32:
             return parts[0]
