@@ -107,12 +107,10 @@ class Batch(Mapping[str, Any]):
 
 def cut(value: Any, part: slice) -> Any:
     """Rows `part` of a column; a column may be a mapping or a tuple of columns."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (torch.Tensor, list)):
         return value[part]
-    if isinstance(value, Mapping):
-        return {name: cut(item, part) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(cut(item, part) for item in value)
+    if isinstance(value, (Mapping, tuple)):
+        return _map(value, lambda item: cut(item, part))
     return value[part]
 
 
@@ -120,8 +118,8 @@ def move(value: Any, device: torch.device | str, non_blocking: bool = True) -> A
     """`value` with every tensor in it (in mappings, lists, tuples, named tuples, or anything with `to`) on `device`."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=non_blocking)
-    if isinstance(value, Batch):
-        return value.to(device, non_blocking)
+    if hasattr(value, "to"):
+        return value.to(device, non_blocking=non_blocking)
     return _map(value, lambda item: move(item, device, non_blocking))
 
 
@@ -141,7 +139,11 @@ def _map(value: Any, function: Any) -> Any:
         return tuple(function(item) for item in value)
     if isinstance(value, list):
         # A list of strings is a column of its own; looking at its first item tells, without a loop over the rows.
-        return [function(item) for item in value] if value and not isinstance(value[0], (str, bytes)) else value
+        return (
+            [function(item) for item in value]
+            if value and not isinstance(value[0], (str, bytes, int, float))
+            else value
+        )
     return value
 
 
@@ -153,11 +155,7 @@ def as_tensor(column: Any) -> Any:
         return torch.from_numpy(_native(column.view(np.int64)))
     if isinstance(column, np.ndarray):
         return column.tolist()
-    if isinstance(column, Mapping):
-        return {name: as_tensor(item) for name, item in column.items()}
-    if isinstance(column, tuple):
-        return tuple(as_tensor(item) for item in column)
-    return column
+    return _map(column, as_tensor) if isinstance(column, (Mapping, tuple)) else column
 
 
 def _native(array: NDArray[Any]) -> NDArray[Any]:

@@ -196,6 +196,10 @@ class Blocks(Order):
         lanes: int = 1,
     ) -> None:
         super().__init__(layout.total)
+        if window_rows is not None and window_rows < 1:
+            raise ValueError(
+                f"window_rows={window_rows}: a window needs at least one row, or None for about four blocks"
+            )
         self._layout = layout
         # A power of two needs no cycle walking.
         self._window_rows = window_rows or 1 << (BLOCKS_PER_WINDOW * layout.mean_rows - 1).bit_length()
@@ -212,15 +216,17 @@ class Blocks(Order):
             self._short_rows = layout.total - (layout.count - 1) * layout.block_rows
 
     def rows(self, positions: Ints) -> Ints:
+        if self.total == 0:
+            return positions
         return self._block_rows(self._shuffle(positions, inverse=False))
 
     def positions(self, rows: Ints) -> Ints:
+        if self.total == 0:
+            return rows
         return self._shuffle(self._block_positions(rows), inverse=True)
 
     def _shuffle(self, positions: Ints, *, inverse: bool) -> Ints:
         """Permute every position within its window."""
-        if self.total == 0:
-            return positions
         size, more = divmod(self.total, self._lanes)
         boundary = more * (size + 1)
         lane = np.where(positions < boundary, positions // (size + 1), more + (positions - boundary) // max(1, size))

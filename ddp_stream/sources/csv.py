@@ -7,6 +7,7 @@ The types of the columns are found on up to 16 blocks spread over each file, and
 
 from __future__ import annotations
 
+import csv
 import io
 import mmap
 import re
@@ -19,8 +20,7 @@ import pyarrow.csv as pc
 from numpy.typing import NDArray
 
 from ddp_stream.sources.base import DataError, Ints
-from ddp_stream.sources.files import BlockSource, existing_files
-from ddp_stream.sources.parquet import schema_difference
+from ddp_stream.sources.files import BlockSource, check_distinct, existing_files, schema_difference
 
 BLOCK_ROWS = 4096
 _SCAN_BYTES = 4 << 20
@@ -52,6 +52,7 @@ class Csv(BlockSource):
             starts, rows, names = _index(path, self.delimiter)
             if len(rows) == 0:
                 raise DataError(f"{path} has a header but no rows: there is nothing to train on")
+            check_distinct(path, names)
             found = self._infer(path, starts, names)
             common = found if schema is None else _common(schema, found, mixed=None)
             if common is None:
@@ -209,17 +210,24 @@ def _blank(data: mmap.mmap, starts: Ints, ends: Ints) -> NDArray[np.bool_]:
 
 def _header(path: str, line: bytes, delimiter: str) -> tuple[str, ...]:
     try:
-        table = pc.read_csv(
-            io.BytesIO(line),
-            read_options=pc.ReadOptions(autogenerate_column_names=True, use_threads=False),
-            parse_options=pc.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=pc.ConvertOptions(strings_can_be_null=False),
-        )
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the first line does not name columns: {error}") from None
-    if not any(pa.types.is_string(kind) for kind in table.schema.types):
+        text = line.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: the first line does not name columns in UTF-8: {error}") from None
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    # A line end inside quotes belongs to a name; csv wants the lines one by one, line ends kept.
+    names = next(csv.reader(text.splitlines(keepends=True), delimiter=delimiter))
+    if all(_is_number(name) for name in names):
         raise DataError(
             f"{path}: the first line ({line[:80].decode(errors='replace').strip()!r}) looks like data, not like names of "
             f"columns, and would be lost as a header; write a header line into the file"
         )
-    return tuple(str(column[0].as_py()) for column in table.columns)
+    # pandas leaves the name of an index column empty.
+    return tuple(name or f"unnamed_{index}" for index, name in enumerate(names))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

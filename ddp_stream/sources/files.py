@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,6 @@ class BlockSource(Source):
         self._cache: OrderedDict[int, tuple[Block, int]] = OrderedDict()
         self._handles: OrderedDict[int, Any] = OrderedDict()
         self._pid = os.getpid()
-        duplicates = {name for name in schema.names if schema.names.count(name) > 1}
-        if duplicates:
-            raise DataError(f"{paths[0]} has more than one column named {', '.join(sorted(duplicates))}")
 
     @abstractmethod
     def _open(self, path: str) -> Any:
@@ -123,22 +120,13 @@ class BlockSource(Source):
             decoded = self._block(int(touched[0]), keep=1)
             local = rows - self._offsets[touched[0]]
             return {name: gather_block(values, local) for name, values in decoded.items()}
-        by_block = np.argsort(block, kind="stable")
-        taken: Block = {}
-        start = 0
-        for index, count in zip(touched.tolist(), counts.tolist(), strict=True):
-            where = by_block[start : start + count]
-            start += count
-            local = rows[where] - self._offsets[index]
-            for name, values in self._block(index, keep=len(touched)).items():
-                if name not in taken:
-                    taken[name] = (
-                        [None] * len(rows)
-                        if isinstance(values, list)
-                        else np.empty((len(rows), *values.shape[1:]), values.dtype)
-                    )
-                scatter(taken[name], where, gather_block(values, local))
-        return taken
+        by_block = np.split(np.argsort(block, kind="stable"), np.cumsum(counts)[:-1])
+        blocks = [self._block(int(index), keep=len(touched)) for index in touched]
+        local = [rows[where] - self._offsets[index] for where, index in zip(by_block, touched, strict=True)]
+        return {
+            name: _merge([gather_block(decoded[name], at) for decoded, at in zip(blocks, local, strict=True)], by_block)
+            for name in self._schema.names
+        }
 
     def _block(self, block: int, keep: int = 1) -> Block:
         if self._pid != os.getpid():  # after a fork: the parent's handles and their file positions are not ours
@@ -184,19 +172,53 @@ def gather_block(values: NDArray[Any] | list[Any], local: Ints) -> NDArray[Any] 
     return values.take(local, axis=0)
 
 
-def scatter(out: NDArray[Any] | list[Any], where: Ints, values: NDArray[Any] | list[Any]) -> None:
-    """`out[where] = values`, for arrays and lists."""
-    if isinstance(out, list):
-        for index, value in zip(where.tolist(), values, strict=True):
-            out[index] = value
-    else:
-        out[where] = values
+def _merge(parts: list[NDArray[Any] | list[Any]], where: list[Ints]) -> NDArray[Any] | list[Any]:
+    """One column of the values in `parts`, each at its places `where`; an array if all parts are, of one shape."""
+    rows = sum(map(len, where))
+    arrays = [part for part in parts if not isinstance(part, list)]
+    if len(arrays) == len(parts) and len({part.shape[1:] for part in arrays}) == 1:
+        merged = np.empty((rows, *arrays[0].shape[1:]), arrays[0].dtype)
+        for part, places in zip(arrays, where, strict=True):
+            merged[places] = part
+        return merged
+    listed: list[Any] = [None] * rows
+    for values, places in zip(parts, where, strict=True):
+        for place, value in zip(places.tolist(), values, strict=True):
+            listed[place] = value
+    return listed
+
+
+def check_distinct(path: str, names: Sequence[str]) -> None:
+    """Raises DataError if two columns have the same name."""
+    duplicates = sorted(name for name, count in Counter(names).items() if count > 1)
+    if duplicates:
+        raise DataError(f"{path} has more than one column named {', '.join(duplicates)}: rename them in the file")
+
+
+def schema_difference(path: str, found: pa.Schema, first_path: str, first: pa.Schema) -> str:
+    """Which column makes `found` of `path` differ from `first` of `first_path`, as an error message."""
+    rule = "files of one dataset must have the same columns, in the same order"
+    for name in first.names:
+        if name not in found.names:
+            return f"{path} has no column {name!r}, which {first_path} has; {rule}"
+    for name in found.names:
+        if name not in first.names:
+            return f"{path} has a column {name!r}, which {first_path} has not; {rule}"
+    for name in first.names:
+        if found.field(name).type != first.field(name).type:
+            return (
+                f"{path} holds {found.field(name).type} in column {name!r}, where {first_path} holds "
+                f"{first.field(name).type}; {rule}"
+            )
+    return f"{path} has its columns in another order than {first_path}: {found.names} and {first.names}; {rule}"
 
 
 def decode_column(
     column: pa.ChunkedArray, name: str, path: str, first_row: int, fill_null: float | None
 ) -> NDArray[Any] | list[Any]:
-    """An Arrow column as an array (numbers, booleans, lists of one fixed length) or a list (strings, bytes).
+    """An Arrow column as an array (numbers, booleans, lists of one length) or a list (strings, bytes, other lists).
+
+    Timestamps, dates, times and durations become whole numbers in the unit of the file, decimals float64.
 
     Args:
         column: the values of one block
@@ -237,7 +259,14 @@ def decode_column(
                 f"row {first_row}): a tensor has no null; fill it in the file, leave the column out, or choose a value "
                 f"for all nulls with --data.fill_null"
             )
-        column = column.fill_null(pa.scalar(bool(fill_null) if pa.types.is_boolean(kind) else fill_null).cast(kind))
+        try:
+            value = pa.scalar(bool(fill_null) if pa.types.is_boolean(kind) else fill_null).cast(kind)
+        except pa.ArrowException:
+            raise DataError(
+                f"{path}: column {name!r} is null in row {row}, and is of type {kind}, which cannot hold the value "
+                f"{fill_null} that was chosen for nulls"
+            ) from None
+        column = column.fill_null(value)
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
         return np.ascontiguousarray(column.to_numpy())
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from ddp_stream.order import mix, mix_array
 from ddp_stream.sources.base import Column, Columns, DataError, Ints, Source, fingerprint_of
@@ -109,10 +109,11 @@ class TorchDataset(Source):
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        random_access = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
+        if not hasattr(dataset, "__len__") or not random_access:
             raise DataError(
-                f"{type(dataset).__name__} has no __len__ or no __getitem__: only a map-style Dataset has rows that "
-                f"can be dealt to ranks by their ids"
+                f"{type(dataset).__name__} is a stream, or has no __len__ or no __getitem__: only a map-style Dataset has "
+                f"rows that can be dealt to ranks by their ids"
             )
         self.dataset = dataset
 

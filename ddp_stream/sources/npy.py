@@ -47,8 +47,10 @@ class Npy(Source):
                     raise DataError(f"{path} is not there, or is no file")
                 try:
                     array = np.load(path, mmap_mode="r", allow_pickle=False)
-                except ValueError as error:
+                except (ValueError, EOFError, OSError) as error:
                     raise DataError(f"{path} is no .npy file of fixed-size values ({error})") from None
+                if not isinstance(array, np.ndarray):
+                    raise DataError(f"{path} is no .npy file but an archive of several arrays (.npz)")
                 if array.ndim == 0 or len(array) == 0:
                     raise DataError(f"{path} has no rows: its shape is {array.shape}")
                 arrays.append(array)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddp_stream.sources.base import DataError
-from ddp_stream.sources.files import BlockSource, existing_files
+from ddp_stream.sources.files import BlockSource, check_distinct, existing_files, schema_difference
 
 
 class Parquet(BlockSource):
@@ -30,9 +30,10 @@ class Parquet(BlockSource):
         for index, path in enumerate(files):
             with self._open(path) as file:
                 metadata, found = file.metadata, file.schema_arrow.remove_metadata()
+                check_distinct(path, found.names)
                 if schema is None:
                     schema = found
-                elif not found.equals(schema):
+                elif (found.names, found.types) != (schema.names, schema.types):
                     raise DataError(schema_difference(path, found, files[0], schema))
                 for group in range(metadata.num_row_groups):
                     sizes.append(metadata.row_group(group).num_rows)
@@ -57,21 +58,3 @@ class Parquet(BlockSource):
             return handle.read_row_group(int(self._group[block]), columns=self._schema.names)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: row group {self._group[block]} cannot be read: {error}") from None
-
-
-def schema_difference(path: str, found: pa.Schema, first_path: str, first: pa.Schema) -> str:
-    """Which column makes `found` of `path` differ from `first` of `first_path`, as an error message."""
-    rule = "files of one dataset must have the same columns, in the same order"
-    for name in first.names:
-        if name not in found.names:
-            return f"{path} has no column {name!r}, which {first_path} has; {rule}"
-    for name in found.names:
-        if name not in first.names:
-            return f"{path} has a column {name!r}, which {first_path} has not; {rule}"
-    for name in first.names:
-        if found.field(name).type != first.field(name).type:
-            return (
-                f"{path} holds {found.field(name).type} in column {name!r}, where {first_path} holds "
-                f"{first.field(name).type}; {rule}"
-            )
-    return f"{path} has its columns in another order than {first_path}: {found.names} and {first.names}; {rule}"
