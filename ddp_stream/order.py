@@ -227,6 +227,18 @@ class Blocks(Order):
 
     def _shuffle(self, positions: Ints, *, inverse: bool) -> Ints:
         """Permute every position within its window."""
+        if self._lanes == 1 and len(positions):
+            # Spans of a single lane lie in one window or two, so the keys and sizes are few, and no arrays.
+            window = positions // self._window_rows
+            first, last = int(window.min()), int(window.max())
+            if first == last:
+                return self._shuffle_window(positions, first, inverse)
+            if last - first < 8:
+                out = np.empty_like(positions)
+                for index in range(first, last + 1):
+                    chosen = np.flatnonzero(window == index)
+                    out[chosen] = self._shuffle_window(positions[chosen], index, inverse)
+                return out
         size, more = divmod(self.total, self._lanes)
         boundary = more * (size + 1)
         lane = np.where(positions < boundary, positions // (size + 1), more + (positions - boundary) // max(1, size))
@@ -246,6 +258,15 @@ class Blocks(Order):
             start = window_start[chosen]
             out[chosen] = start + walk(positions[chosen] - start, keys[chosen])
         return out
+
+    def _shuffle_window(self, positions: Ints, window: int, inverse: bool) -> Ints:
+        """Permute positions that all lie in `window` of a single lane."""
+        start = window * self._window_rows
+        permutation = Permutation(min(self._window_rows, self.total - start))
+        key = int(mix_array(np.array([start], np.uint64) ^ self._window_key)[0])
+        moved = (permutation.inverse if inverse else permutation.forward)(positions - start, key)
+        moved += start
+        return moved
 
     def _block_rows(self, positions: Ints) -> Ints:
         """Row ids at positions of the permuted blocks laid end to end."""

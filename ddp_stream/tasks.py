@@ -28,10 +28,12 @@ class _Tabular(Task):
         self.n_features = 0
 
     def setup(self, source: Source) -> None:
-        check_columns([self.label], source.columns, str(source))
-        check_columns(self.features or [], source.columns, str(source))
         if self.features is not None and self.label in self.features:
             raise DataError(f"the label {self.label!r} is among the features: the model would only learn to copy it")
+        check_columns([self.label], source.columns, str(source))
+        check_columns(self.features or [], source.columns, str(source))
+        if self.features is not None:
+            source = source.select([*self.features, self.label])
         example = source.take(np.zeros(min(1, len(source)), np.int64))
         if self.features is None:
             self.features = [name for name in source.columns if name != self.label and _is_numeric(example[name])]
@@ -93,7 +95,7 @@ class Regression(_Tabular):
 
     def setup(self, source: Source) -> None:
         super().setup(source)
-        example = source.take(np.zeros(min(1, len(source)), np.int64))[self.label]
+        example = source.select([self.label]).take(np.zeros(min(1, len(source)), np.int64))[self.label]
         _check_numeric(self.label, example, source)
         self.n_outputs = self._label(example).shape[1]
 

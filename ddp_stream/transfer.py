@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +64,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, Batch):
         yield value.weight
         yield from _tensors(dict(value))
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for item in value.values():
             yield from _tensors(item)
     elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (str, bytes)):

@@ -100,7 +100,7 @@ def check_columns(wanted: Iterable[str], available: Sequence[str], where: str) -
     for name in wanted:
         if name not in available:
             near = difflib.get_close_matches(name, available, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             shown = ", ".join(available[:20]) + (", ..." if len(available) > 20 else "")
             raise DataError(f"{where} has no column {name!r}{hint} It has: {shown}")
 

@@ -12,6 +12,7 @@ import io
 import mmap
 import re
 from collections.abc import Sequence
+from datetime import datetime, time
 from typing import Any
 
 import numpy as np
@@ -214,9 +215,8 @@ def _header(path: str, line: bytes, delimiter: str) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: the first line does not name columns in UTF-8: {error}") from None
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    # A line end inside quotes belongs to a name; csv wants the lines one by one, line ends kept.
-    names = next(csv.reader(text.splitlines(keepends=True), delimiter=delimiter))
-    if all(_is_number(name) for name in names):
+    names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    if all(_is_value(name) for name in names):
         raise DataError(
             f"{path}: the first line ({line[:80].decode(errors='replace').strip()!r}) looks like data, not like names of "
             f"columns, and would be lost as a header; write a header line into the file"
@@ -225,9 +225,14 @@ def _header(path: str, line: bytes, delimiter: str) -> tuple[str, ...]:
     return tuple(name or f"unnamed_{index}" for index, name in enumerate(names))
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _is_value(text: str) -> bool:
+    """Whether a field is empty, a number, a truth value, a date or a time: hardly the name of a column."""
+    if text.strip().lower() in ("", "true", "false"):
+        return True
+    for parse in (float, datetime.fromisoformat, time.fromisoformat):
+        try:
+            parse(text.strip())
+        except ValueError:
+            continue
+        return True
+    return False

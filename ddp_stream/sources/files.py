@@ -218,7 +218,8 @@ def decode_column(
 ) -> NDArray[Any] | list[Any]:
     """An Arrow column as an array (numbers, booleans, lists of one length) or a list (strings, bytes, other lists).
 
-    Timestamps, dates, times and durations become whole numbers in the unit of the file, decimals float64.
+    Timestamps, dates, times and durations become whole numbers in the unit of the file, decimals float64. A null
+    among strings, bytes or lists of them is None.
 
     Args:
         column: the values of one block

@@ -55,6 +55,12 @@ def test_every_seed_and_epoch_has_an_order_of_its_own(shuffle):
     assert max(agreeing) < 20
 
 
+def test_blocks_without_rows_play_no_part():
+    with_empty = BlockLayout(12, offsets=np.array([0, 0, 3, 5, 5, 5, 9, 12, 12]))
+    without = BlockLayout(12, offsets=np.array([0, 3, 5, 9, 12]))
+    assert np.array_equal(epoch(Blocks(with_empty, 2, 0)), epoch(Blocks(without, 2, 0)))
+
+
 def test_make_order():
     layout = BlockLayout(10)
     assert epoch(make_order("none", layout, seed=0, epoch=0)).tolist() == list(range(10))

@@ -398,6 +398,16 @@ def test_column_names_are_taken_as_they_are_written():
     assert Csv(write("a.csv", header + "\n1,2,3,4,5,6,7,8,9\n")).columns == names
 
 
+@pytest.mark.parametrize("name", ["a\u2028b", "a\x85b", "a\x0cb", '"a\u2028b"'])
+def test_only_a_line_feed_ends_the_header(name):
+    assert Csv(write("a.csv", f"{name},c\n1,2\n")).columns == (name.strip('"'), "c")
+
+
+def test_an_empty_column_name_is_given_one():
+    # What pandas writes for an index without a name.
+    assert Csv(write("a.csv", ",a\n0,1\n")).columns == ("unnamed_0", "a")
+
+
 def test_a_header_may_be_longer_than_a_mebibyte():
     names = ("a" * (1 << 20), "b")
     assert Csv(write("a.csv", ",".join(names) + "\n1,2\n")).columns == names
@@ -415,6 +425,9 @@ def test_a_header_may_be_longer_than_a_mebibyte():
         ("a,b\n", "a.csv has a header but no rows"),
         ("a,b", "a.csv has a header but no rows"),
         ("1,2\n3,4\n", r"a.csv: the first line \('1,2'\) looks like data"),
+        ("1,,2\n3,4,5\n", r"a.csv: the first line \('1,,2'\) looks like data"),
+        ("2020-01-01,7\n2020-01-02,8\n", r"a.csv: the first line \('2020-01-01,7'\) looks like data"),
+        ("true,0.5\nfalse,0.7\n", r"a.csv: the first line \('true,0.5'\) looks like data"),
         ("a,b,a\n1,2,3\n", "a.csv has more than one column named a"),
         ("a,b\n1,2\n3,4\n5,6,7\n", "a.csv: .*row 2: Expected 2 columns, got 3"),
         ("a,b\n1,2\n\n3\n", "a.csv: .*row 1: Expected 2 columns, got 1"),
@@ -542,7 +555,7 @@ WORDS = ["a", "", "ä", "a"]
         (pa.array([1, -2, 3, 4], pa.int8()), [1, -2, 3, 4], np.int8),
         (pa.array([1, 2, 3, 2**32 - 1], pa.uint32()), [1, 2, 3, 2**32 - 1], np.uint32),
         (pa.array([1.5, 2.5, 3.5, float("inf")], pa.float32()), [1.5, 2.5, 3.5, float("inf")], np.float32),
-        (pa.array([1.5, 2.5, 3.5, 4.5], pa.float16()), [1.5, 2.5, 3.5, 4.5], np.float16),
+        (pa.array(np.array([1.5, 2.5, 3.5, 4.5], np.float16)), [1.5, 2.5, 3.5, 4.5], np.float16),
         (pa.array(CENTS), [0.25, -1.5, 3.0, 0.01], np.float64),
         (pa.array(DAYS), [0, 1, 2, 3], np.int32),
         (pa.array(TIMES, pa.timestamp("ms")), [0, 1000, 2000, 3000], np.int64),

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import types
 import weakref
-from collections import namedtuple
+from collections import UserDict, namedtuple
 
 import numpy as np
 import pytest
@@ -269,6 +269,16 @@ def test_transfer_holds_the_hosts_batch_until_it_is_copied(stream_log):
     for index in range(3):
         freed, copied = f"batch {index} freed", f"host waits for copy {index}"
         assert stream_log.index(freed) > stream_log.index(copied)
+
+
+def test_transfer_protects_the_tensors_of_objects_that_move_themselves(stream_log):
+    class Encoding(UserDict):  # as transformers' BatchEncoding: a mapping, no dict, with a `to` of its own
+        def to(self, device, non_blocking=False):
+            return Encoding({name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.items()})
+
+    (moved,) = transfer([Encoding(ids=torch.zeros(2), mask=torch.zeros(2))], "meta")
+    assert isinstance(moved, Encoding)
+    assert stream_log.count("tensor in use") == 2
 
 
 def test_transfer_of_nothing_is_nothing(stream_log):
