@@ -84,6 +84,20 @@ class AuditConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """When to save, and what to go on from."""
+
+    every_steps: int | None = None
+    """Save after every so many optimizer steps; always at the end of an epoch and at a stop."""
+    every_minutes: float | None = None
+    """Save when so many minutes have passed since the last time."""
+    keep: int = 2
+    """How many checkpoints remain, at least 2."""
+    resume: str = "auto"
+    """auto goes on from the newest whole checkpoint of the run directory, never starts anew, a path names one."""
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases."""
 
@@ -115,6 +129,10 @@ class TrainConfig:
     """Seconds after which a collective operation that some rank does not join is an error."""
     run: RunConfig = field(default_factory=RunConfig)
     """Where the run leaves its results."""
+    max_minutes: float | None = None
+    """Stop, with a checkpoint, after so many minutes."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save, and what to go on from."""
     audit: AuditConfig = field(default_factory=AuditConfig)
     """The proof."""
     wandb: WandbConfig = field(default_factory=WandbConfig)

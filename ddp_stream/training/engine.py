@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_stream.batch import Batch
+from ddp_stream.dataset import die_with_parent
 from ddp_stream.order import mix
 from ddp_stream.topology import Topology
 from ddp_stream.training.task import Task
@@ -38,6 +39,8 @@ class Engine(ABC):
     topology: Topology
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    raw_optimizer: torch.optim.Optimizer
+    """The optimizer as it was before `prepare`."""
 
     @abstractmethod
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -91,6 +94,23 @@ class Engine(ABC):
         assert total is not None, "a batch has at least one slot on every rank"
         return total
 
+    def warm_up(self, task: Task, batch: Batch, micro_batch_size: int | None) -> None:
+        """A forward and backward pass that leaves no trace, before the first real one.
+
+        DDP lays its gradient buckets out anew after its first backward pass, and the order in which floats are added
+        follows the layout. Without this, a run that goes on from a checkpoint would differ in the last bits from one
+        that never stopped.
+        """
+        if self.topology.world_size == 1:
+            return
+        buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
+        part = batch.split(micro_batch_size)[0]
+        self._backward(task.loss(self.model, part), torch.zeros_like(part.weight))
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
     def seed(self, *words: int) -> None:
         """Seed the random numbers of host and device from `words`.
 
@@ -115,6 +135,14 @@ class Engine(ABC):
         dist.broadcast_object_list(values, src=0)
         result: T = values[0]
         return result
+
+    def from_all_ranks(self, value: T) -> list[T]:
+        """Every rank's `value`, by rank."""
+        if not dist.is_initialized():
+            return [value]
+        values: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -143,7 +171,7 @@ class DdpEngine(Engine):
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._module = model
-        self.optimizer = optimizer
+        self.optimizer = self.raw_optimizer = optimizer
         if dist.is_initialized():
             on_device = [self.device] if self.device.type != "cpu" else None
             self.model = DistributedDataParallel(model, device_ids=on_device)
@@ -189,6 +217,7 @@ class AccelerateEngine(Engine):
         self.device = self._accelerator.device
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.raw_optimizer = optimizer
         self.model, self.optimizer = self._accelerator.prepare(model, optimizer)
 
     def unwrap(self) -> nn.Module:
@@ -217,6 +246,8 @@ def make_engine(name: str, timeout_s: float) -> Engine:
         WorldError: fewer or more processes run than the launcher promised.
     """
     check_launcher(os.environ)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # torchrun's agent; killed, it would leave its ranks behind
     return AccelerateEngine(timeout_s) if name == "accelerate" else DdpEngine(timeout_s)
 
 

@@ -7,8 +7,10 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,11 +18,13 @@ from torch import nn
 
 from ddp_stream.audit import Proof, Verdict
 from ddp_stream.loader import StreamLoader
+from ddp_stream.training.checkpoint import Checkpoints
 from ddp_stream.training.config import TrainConfig
 from ddp_stream.training.data import make_loader, make_source
 from ddp_stream.training.engine import Engine, make_engine
 from ddp_stream.training.optim import Schedule, make_optimizer
 from ddp_stream.training.rundir import RunDir, choose_run_dir
+from ddp_stream.training.stopping import StopRequest
 from ddp_stream.training.task import Task
 from ddp_stream.training.tracking import Tracker
 from ddp_stream.transfer import transfer
@@ -123,16 +127,18 @@ class Training:
         engine.seed(config.seed)
         model = self.task.build_model().to(engine.device)
         optimizer = self.task.configure_optimizer(model) or make_optimizer(config.optim, model)
+        self.schedule = Schedule(config.optim, optimizer)
         engine.prepare(model, optimizer)
-        self.total_steps = config.epochs * len(self.loader)
-        if config.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.max_steps)
-        self.schedule = Schedule(config.optim, optimizer, self.total_steps)
         self.proof = Proof(self.loader.plan, engine.topology)
         self.reporter = Reporter(engine, run, config)
+        self.checkpoints = Checkpoints(run.path / "checkpoints", engine, config.checkpoint.keep)
+        self.identity = {**self.loader.identity, "data": source.fingerprint(), "task": _import_path(self.task)}
+        self._warm = False
+        self._saved_step: int | None = None
+        self._saved_at = time.monotonic()
 
     def run(self) -> Result:
-        """Train to the end, and report."""
+        """Train to the end or to a stop, and report."""
         engine, run, loader = self.engine, self.run_dir, self.loader
         run.log(
             "start",
@@ -152,30 +158,55 @@ class Training:
             f"epoch on {engine.topology.world_size} rank(s) x {loader.num_workers} worker(s), shuffle {loader.shuffle}, "
             f"{engine.device}; run directory {run.path}"
         )
+        state = self.resume()
+        total_steps = self.step + sum(
+            loader.plan.steps(state["offset"] if epoch == state["epoch"] else 0)
+            for epoch in range(state["epoch"], self.config.epochs)
+        )
+        if self.config.max_steps is not None:
+            total_steps = min(total_steps, self.config.max_steps)
+        self.schedule.total_steps = total_steps
         verdicts, losses = [], []
-        for epoch in range(self.config.epochs):
-            if self.step >= self.total_steps > 0:
-                break
-            loss, verdict = self.epoch(epoch)
-            losses.append(loss)
-            verdicts.append(verdict)
-            if not verdict.exactly_once:
-                raise ProofError(f"epoch {epoch}: {verdict}")
+        reason: str | None = None
+        with StopRequest(run.path, self.config.max_minutes, os.environ) as stop:
+            self.reporter.stop = stop
+            for epoch in range(state["epoch"], self.config.epochs):
+                if self.step >= total_steps > 0:
+                    break
+                loss, verdict, reason = self.epoch(epoch)
+                if reason is not None:
+                    break
+                losses.append(loss)
+                verdicts.append(verdict)
+                if not verdict.exactly_once:
+                    raise ProofError(f"epoch {epoch}: {verdict}")
         if engine.topology.rank == 0:
-            safetensors.torch.save_model(engine.unwrap(), str(run.path / "model.safetensors"))
-            run.finish("done", self.step, f"{self.step} steps in {len(verdicts)} epochs, every row exactly once")
+            if reason is None:
+                safetensors.torch.save_model(engine.unwrap(), str(run.path / "model.safetensors"))
+                run.finish("done", self.step, f"{self.step} steps, every row exactly once in every epoch")
+            else:
+                run.log("stop", attempt=run.attempt, step=self.step, reason=reason, time=time.time())
+                run.finish("preempted", self.step, reason)
+                self.say(f"stopped after step {self.step}: {reason}; the same command goes on from here")
         self.reporter.close()
         engine.barrier()
         return Result(engine.unwrap(), run.path, self.step, verdicts, losses)
 
-    def epoch(self, epoch: int) -> tuple[float, Verdict]:
-        """Train on the rows of one epoch; returns their mean loss, and the proof."""
-        data, optim = self.config.data, self.config.optim
+    def epoch(self, epoch: int) -> tuple[float, Verdict, str | None]:
+        """Train on the rows of one epoch from the loader's position on.
+
+        Returns:
+            The mean loss of the rows, the proof, and why to stop; with a reason to stop, the epoch may go on later.
+        """
+        data, optim, every = self.config.data, self.config.optim, self.config.checkpoint.every_steps
         self.engine.model.train()
         self.loader.set_epoch(epoch)
-        self.reporter.begin_epoch()
-        end = 0
+        end = self.loader.state_dict()["offset"]
+        whole = self.loader.plan.steps() * self.loader.plan.stride
         for batch in transfer(self.loader, self.engine.device):
+            if not self._warm:
+                self.engine.warm_up(self.task, batch, data.micro_batch_size)
+                self._warm = True
             lr = self.schedule.set(self.step)
             # What is drawn in a step depends on the step, not on how we got there.
             self.engine.seed(self.config.seed, self.step, self.engine.topology.rank)
@@ -185,16 +216,24 @@ class Training:
             self.proof.record(batch)
             if self.config.audit.trace:
                 self.run_dir.trace(batch, self.step)
-            self.reporter.record(self.step, epoch, loss, batch.global_rows, lr)
+            due = self.reporter.record(self.step, epoch, loss, batch.global_rows, lr)
             if self.step == self.config.max_steps:
                 break
-        mean_loss = self.reporter.end_epoch()
+            if due is not None and due.stop is not None and self.loader.plan.steps(end):
+                self.reporter.report()
+                self.save(self.loader.state_after(batch))
+                return self.reporter.mean_loss, self.proof.verdict(self.loader.order(epoch), end), due.stop
+            if (every and self.step % every == 0) or (due is not None and due.save):
+                self.reporter.report()
+                self.save(self.loader.state_after(batch))
+        self.reporter.report()
+        mean_loss = self.reporter.mean_loss
         verdict = self.proof.verdict(self.loader.order(epoch), end)
-        self.proof.reset()
         self.run_dir.log(
             "epoch",
+            attempt=self.run_dir.attempt,
             epoch=epoch,
-            loss=mean_loss,
+            loss=mean_loss if math.isfinite(mean_loss) else None,
             steps=self.step,
             rows=verdict.rows,
             missing=verdict.missing,
@@ -203,10 +242,84 @@ class Training:
             exactly_once=verdict.exactly_once,
             time=time.time(),
         )
-        lr = self.engine.optimizer.param_groups[0]["lr"]
         mark = "exactly once" if verdict.exactly_once else "PROOF FAILED"
-        self.say(f"epoch {epoch}: loss {mean_loss:.6g}, lr {lr:.3g}, {self.step} steps, {mark}: {verdict}")
-        return mean_loss, verdict
+        rate = self.schedule.lr
+        self.say(f"epoch {epoch}: loss {mean_loss:.6g}, lr {rate:.3g}, {self.step} steps, {mark}: {verdict}")
+        if verdict.exactly_once:
+            if end < whole and self.loader.plan.steps(end):  # max_steps ended the run inside the epoch
+                self.save({**self.loader.identity, "epoch": epoch, "offset": end})
+            else:
+                self.proof.reset()
+                self.reporter.reset_mean()
+                self.save({**self.loader.identity, "epoch": epoch + 1, "offset": 0})
+        due_stop = self.reporter.stop_reason() if epoch + 1 < self.config.epochs else None
+        return mean_loss, verdict, due_stop
+
+    def save(self, position: Mapping[str, Any]) -> None:
+        """Write a checkpoint of this step; a collective call."""
+        if self._saved_step == self.step:
+            return
+        started = time.monotonic()
+        self.run_dir.flush()
+        path = self.checkpoints.save(
+            self.step,
+            {
+                "step": self.step,
+                "epoch": position["epoch"],
+                "offset": position["offset"],
+                "global_batch_size": self.loader.plan.global_batch_size,
+                "world_size": self.engine.topology.world_size,
+                "num_workers": self.loader.num_workers,
+                "engine": self.config.engine,
+                "digest": self.proof.reduced_digest().state_dict(),
+                "loss": self.reporter.mean_state(),
+                "identity": self.identity,
+            },
+        )
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+        self.reporter.saved_at = self._saved_at
+        seconds = self._saved_at - started
+        self.run_dir.log("checkpoint", attempt=self.run_dir.attempt, step=self.step, path=path.name, seconds=seconds)
+        self.run_dir.flush()
+
+    def resume(self) -> dict[str, Any]:
+        """Go on from a checkpoint if there is one; returns the position, `epoch` and `offset`.
+
+        Raises:
+            ValueError: the checkpoint belongs to other data or another order of it.
+        """
+        path, damaged = self.checkpoints.choose(self.config.checkpoint.resume)
+        for what in damaged:
+            self.say(f"damaged checkpoint passed over: {what}")
+        if path is None:
+            return {"epoch": 0, "offset": 0}
+        state = self.checkpoints.load(path)
+        before, now = state["identity"], self.identity
+        differing = [
+            f"{name} was {before.get(name)} and is {now.get(name)}" for name in now if before.get(name) != now[name]
+        ]
+        if differing:
+            raise ValueError(
+                f"{path} belongs to another run ({'; '.join(differing)}): going on from it would repeat rows and lose "
+                f"others; give it the settings it was made with, or another --run.dir"
+            )
+        self.step = self._saved_step = int(state["step"])
+        self.loader.load_state_dict({"epoch": state["epoch"], "offset": state["offset"]})
+        if self.engine.topology.rank == 0:  # the digest is a sum over ranks, so one of them carries what was
+            self.proof.digest.load_state_dict(state["digest"])
+        self.reporter.load_mean(state["loss"])
+        self.run_dir.log(
+            "resume",
+            attempt=self.run_dir.attempt,
+            step=self.step,
+            path=str(path),
+            damaged=damaged,
+            before={name: state[name] for name in ("world_size", "num_workers", "engine", "global_batch_size")},
+            world_size=self.engine.topology.world_size,
+            num_workers=self.loader.num_workers,
+        )
+        self.say(f"going on from {path}: step {self.step}, epoch {state['epoch']}")
+        return {"epoch": int(state["epoch"]), "offset": int(state["offset"])}
 
     def say(self, text: str) -> None:
         """A line for whoever watches, from rank 0."""
@@ -214,51 +327,80 @@ class Training:
             print(text, flush=True)
 
 
+def _import_path(task: Task) -> str:
+    return f"{type(task).__module__}.{type(task).__qualname__}"
+
+
+@dataclass(frozen=True)
+class Due:
+    """What all ranks know after a report: why to stop (or None), and whether to save."""
+
+    stop: str | None
+    save: bool
+
+
 class Reporter:
     """Collects the losses of steps, and reduces those of many steps at once, at steps that all ranks agree on.
 
     An all-reduce in every step would cost more than a short step itself. When the next one is due follows from the
-    slowest rank's pace, which the reduction itself tells everybody.
+    ranks' pace, which the reduction itself tells everybody; so do requests to stop or to save.
     """
 
     def __init__(self, engine: Engine, run: RunDir, config: TrainConfig) -> None:
         self._engine = engine
         self._run = run
         self._tracker = Tracker(config.wandb, run, {"seed": config.seed, "engine": config.engine})
+        self._every_minutes = config.checkpoint.every_minutes
+        self.stop: StopRequest | None = None
+        self.saved_at = time.monotonic()
         self._losses: list[torch.Tensor] = []
         self._steps: list[tuple[int, int, int, float]] = []
         self._until_report = 1
-        self._since = time.monotonic()
-        self._sum = 0.0
-        self._rows = 0
+        self._since: float | None = None
+        self.reset_mean()
 
-    def begin_epoch(self) -> None:
-        """Start the epoch's mean anew."""
+    @property
+    def mean_loss(self) -> float:
+        """Mean over the epoch's rows so far (nan if there were none)."""
+        return self._sum / self._rows if self._rows else math.nan
+
+    def reset_mean(self) -> None:
+        """Begin the mean of another epoch."""
         self._sum, self._rows = 0.0, 0
-        self._since = time.monotonic()
 
-    def record(self, step: int, epoch: int, loss: torch.Tensor, global_rows: int, lr: float) -> None:
-        """Note one step; reduce and write when due."""
+    def mean_state(self) -> dict[str, Any]:
+        """The epoch's mean so far, for a checkpoint."""
+        return {"sum": self._sum, "rows": self._rows}
+
+    def load_mean(self, state: Mapping[str, Any]) -> None:
+        """Go on with the mean of a checkpoint."""
+        self._sum, self._rows = float(state["sum"]), int(state["rows"])
+
+    def record(self, step: int, epoch: int, loss: torch.Tensor, global_rows: int, lr: float) -> Due | None:
+        """Note one step; where a report is due, reduce, write, and return what all ranks agree on."""
+        if self._since is None:
+            self._since = time.monotonic()  # the first step, with the workers' start in it, tells nothing of the pace
         self._losses.append(loss)
         self._steps.append((step, epoch, global_rows, lr))
-        if len(self._losses) >= self._until_report:
-            self._report()
+        return self.report() if len(self._losses) >= self._until_report else None
 
-    def end_epoch(self) -> float:
-        """Reduce what is left; returns the mean loss over the epoch's rows (nan if there were none)."""
-        if self._losses:
-            self._report()
-        self._run.flush()
-        return self._sum / self._rows if self._rows else math.nan
+    def stop_reason(self) -> str | None:
+        """Why to stop, agreed by all ranks; a collective call."""
+        return self.report().stop
 
     def close(self) -> None:
         """No more steps follow."""
         self._tracker.close()
 
-    def _report(self) -> None:
-        pace = (time.monotonic() - self._since) / len(self._losses)
-        values = torch.stack([*self._losses, torch.tensor(pace, device=self._engine.device)])
-        *sums, pace_sum = self._engine.all_reduce_sum(values).tolist()
+    def report(self) -> Due:
+        """Reduce and write what was recorded since the last time; a collective call."""
+        now = time.monotonic()
+        pace = (now - self._since) / len(self._losses) if self._losses and self._since is not None else 0.0
+        stop = self.stop is not None and self.stop.requested()
+        save = self._every_minutes is not None and now - self.saved_at > 60 * self._every_minutes
+        flags = torch.tensor([pace, float(stop), float(save)], device=self._engine.device)
+        reduced = self._engine.all_reduce_sum(torch.cat([flags, *(loss.reshape(1) for loss in self._losses)])).tolist()
+        pace_sum, stops, saves, *sums = reduced
         for (step, epoch, rows, lr), total in zip(self._steps, sums, strict=True):
             loss = total / rows
             if not math.isfinite(loss):
@@ -269,10 +411,17 @@ class Reporter:
                 )
             self._sum += total
             self._rows += rows
-            self._run.log("step", step=step, epoch=epoch, loss=loss, lr=lr)
+            self._run.log("step", attempt=self._run.attempt, step=step, epoch=epoch, loss=loss, lr=lr)
             self._tracker.log(step, loss=loss, lr=lr)
         self._run.flush()
+        if self._losses:
+            mean_pace = pace_sum / self._engine.topology.world_size
+            self._until_report = max(1, min(_MOST_STEPS_A_REPORT, int(_REPORT_EVERY_S / max(mean_pace, 1e-6))))
         self._losses, self._steps = [], []
-        mean_pace = pace_sum / self._engine.topology.world_size
-        self._until_report = max(1, min(_MOST_STEPS_A_REPORT, int(_REPORT_EVERY_S / max(mean_pace, 1e-6))))
         self._since = time.monotonic()
+        reason = None
+        if stops:
+            asked = self.stop.reason if self.stop is not None else None
+            reasons = self._engine.from_all_ranks(asked)
+            reason = next(f"{text} (rank {rank})" for rank, text in enumerate(reasons) if text is not None)
+        return Due(reason, saves > 0)

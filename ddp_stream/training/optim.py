@@ -37,18 +37,21 @@ def lr_factor(config: OptimConfig, step: int, total_steps: int) -> float:
 class Schedule:
     """Sets the learning rate of every parameter group before a step.
 
-    Nothing of it needs saving: each group's peak is the rate that it was made with.
+    Nothing of it needs saving: each group's peak is the rate that it was made with, and `total_steps`, the last step
+    of the run, follows from the position.
     """
 
-    def __init__(self, config: OptimConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
+    def __init__(self, config: OptimConfig, optimizer: torch.optim.Optimizer) -> None:
+        self.total_steps = 1
+        self.lr = config.lr
         self._config = config
         self._optimizer = optimizer
-        self._total_steps = total_steps
         self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
 
     def set(self, step: int) -> float:
         """Set the rates of optimizer step `step`, from 0; returns that of the first group."""
-        factor = lr_factor(self._config, step, self._total_steps)
+        factor = lr_factor(self._config, step, self.total_steps)
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
-        return self._peaks[0] * factor
+        self.lr = self._peaks[0] * factor
+        return self.lr
