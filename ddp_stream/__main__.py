@@ -22,13 +22,19 @@ def main() -> NoReturn:
     try:
         code = _run()
     except (KeyboardInterrupt, Exception):
+        # A rank that failed ends here and now. Teardown may wait for peers that wait for us, and letting go of the
+        # error would let go of the loader, which waits for its workers.
         traceback.print_exc()
-        code = 1
+        _leave(1)
+    if code:
+        _leave(code)
+    sys.exit(0)
+
+
+def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    if code:
-        os._exit(code)  # a rank that failed must end now: teardown may wait for peers that wait for us
-    sys.exit(0)
+    os._exit(code)
 
 
 @record

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
 import re
 from typing import Any
 
@@ -16,17 +18,34 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 class Parser(jsonargparse.ArgumentParser):
     """Suggests the right name for one that does not exist."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # an abbreviation is a mistyped name that got away
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print `message`, the nearest option if a name was wrong, and exit with 2."""
-        known = [option[2:] for action in self._actions for option in action.option_strings if option[:2] == "--"]
+        known = [option[2:] for parser in self._all() for option in parser._option_string_actions if option[:2] == "--"]
         wrong = re.findall(r"--([\w.+-]+)", message) if "nrecognized arguments" in message else []
-        wrong += re.findall(r"[Kk]ey[s]? ['\"]?([\w.]+)['\"]? (?:is|are) not expected", message)
-        wrong += re.findall(r"[Nn]o action for key ['\"]([\w.]+)['\"]", message)
+        wrong += re.findall(r"does not accept option '([\w.]+)'", message)
+        for path, name in re.findall(r"class_path '([\w.]+)'.*?Option '([\w.]+)' is not accepted", message, re.DOTALL):
+            key = re.search(r"[Kk]ey \"([\w.]+)\"", message)
+            prefix = f"{key[1]}." if key else ""
+            known += [f"{prefix}{argument}" for argument in _arguments(path)]
+            wrong.append(f"{prefix}{name}")
         for name in wrong:
             near = difflib.get_close_matches(name, known, n=1)
             if near:
                 message += f"\n  {name} is unknown; did you mean --{near[0]}?"
         super().error(message, ex)
+
+    def _all(self) -> list[jsonargparse.ArgumentParser]:
+        """This parser and those of its commands: the error of a command's option is told to either."""
+        commands = getattr(self, "_subcommands_action", None)
+        return [self, *(commands._name_parser_map.values() if commands is not None else ())]
+
+
+def _arguments(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
 
 
 def make_parser(config: type, *, task: bool) -> Parser:

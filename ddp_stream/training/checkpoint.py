@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from ddp_stream.training.engine import Engine
 _NAME = re.compile(r"step-(\d{8,})")
 _LEFTOVER = ".unfinished-"
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+# A single process saves and loads without torch.distributed, and knows it.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 class CheckpointError(RuntimeError):

@@ -72,8 +72,10 @@ def train(config: TrainConfig, config_yaml: str = "") -> Result:
         engine = make_engine(config.engine, config.timeout_s)
     except Exception as error:
         if config.run.dir is not None:  # without an engine there is no way to agree on another one
-            Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-            _report_failure(error, RunDir(Path(config.run.dir), int(os.environ.get("RANK", "0"))), 0)
+            path = Path(config.run.dir)
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "status.json").unlink(missing_ok=True)
+            _report_failure(error, RunDir(path, int(os.environ.get("RANK", "0"))), 0)
         raise
     rank = engine.topology.rank
     run = RunDir(engine.from_rank_0(choose_run_dir(config.run.dir, os.environ)), rank)
