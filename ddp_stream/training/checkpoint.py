@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00001234/
         *.safetensors     model and optimizer, by torch.distributed.checkpoint, a file a rank
         state.json        step, loader position, the proof's digest, the identity of the run
-        manifest.json     size and SHA-256 of every other file
+        manifest.json     size and SHA-256 of every other file, and its own
 
 A checkpoint is written under another name, synced to the disk, and renamed at the end; only then are old ones removed.
 So a crash at any moment leaves the checkpoint before it, and at worst a leftover that the next start removes.
@@ -151,7 +151,9 @@ class Checkpoints:
     def _publish(self, unfinished: Path, target: Path, state: Mapping[str, Any]) -> None:
         (unfinished / "state.json").write_text(json.dumps(state, indent=1))
         manifest = {path.name: list(_size_and_hash(path)) for path in sorted(unfinished.iterdir())}
-        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (unfinished / "manifest.json").write_text(
+            json.dumps({"files": manifest, "sha256": _hash_of(manifest)}, indent=1)
+        )
         for path in unfinished.iterdir():
             _sync(path)
         _sync(unfinished)
@@ -192,7 +194,10 @@ def find(folder: Path) -> list[Path]:
 def verify(path: Path) -> str | None:
     """What is wrong with the checkpoint at `path`; None if every byte is as it was written."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        written = json.loads((path / "manifest.json").read_text())
+        manifest = written["files"]
+        if written["sha256"] != _hash_of(manifest):
+            return "manifest.json is not as it was written"
         wrong = []
         for name, (size, digest) in manifest.items():
             file = path / name
@@ -203,7 +208,7 @@ def verify(path: Path) -> str | None:
         wrong += [
             f"{file.name} was not written" for file in path.iterdir() if file.name not in {*manifest, "manifest.json"}
         ]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         return f"manifest.json cannot be read ({type(error).__name__}: {error})"
     return "; ".join(wrong) or None
 
@@ -212,6 +217,10 @@ def _size_and_hash(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
     return path.stat().st_size, digest.hexdigest()
+
+
+def _hash_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _make_empty(path: Path) -> None:

@@ -1,0 +1,151 @@
+"""Checkpoints of a single process: resume is exact, damage is noticed, and nothing is lost by a failed write."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddp_stream.sources import SyntheticRegression
+from ddp_stream.tasks import Regression
+from ddp_stream.training import checkpoint
+from ddp_stream.training.checkpoint import CheckpointError, find, verify
+from ddp_stream.training.config import CheckpointConfig, DataConfig, RunConfig, TrainConfig
+from ddp_stream.training.loop import Result, train
+from ddp_stream.training.rundir import read_metrics
+
+
+def run(folder: Path, *, rows: int = 200, resume: str = "auto", **settings: object) -> Result:
+    """Two epochs of 200 rows in batches of 16: 13 steps each, the last of 8 rows."""
+    data = DataConfig(source=SyntheticRegression(rows), global_batch_size=16, num_workers=0)
+    saving = CheckpointConfig(every_steps=5, resume=resume)
+    config = TrainConfig(Regression(), data=data, epochs=2, checkpoint=saving, run=RunConfig(str(folder)))
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return train(config)
+
+
+def status(folder: Path) -> tuple[str, int]:
+    found = json.loads((folder / "status.json").read_text())
+    return found["status"], found["step"]
+
+
+def weights(result: Result) -> list[torch.Tensor]:
+    return [value.clone() for value in result.model.state_dict().values()]
+
+
+@pytest.mark.parametrize("stops", [[7], [13], [3, 4, 20], [25]])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, stops: list[int]) -> None:
+    whole = run(tmp_path / "whole")
+    for stop in stops:
+        assert run(tmp_path / "broken", max_steps=stop).steps == stop
+    last = run(tmp_path / "broken")
+    assert last.steps == whole.steps == 26
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(last), strict=True))
+    assert last.losses[-1] == pytest.approx(whole.losses[-1])  # the mean of the epoch, not of its last part
+    assert last.verdicts[-1].exactly_once
+    assert last.verdicts[-1].rows == 200
+
+
+def test_the_metrics_tell_one_story(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=7)
+    run(tmp_path)
+    events = read_metrics(tmp_path / "metrics.jsonl")
+    assert [event["attempt"] for event in events if event["event"] == "start"] == [0, 1]
+    (resume,) = [event for event in events if event["event"] == "resume"]
+    assert (resume["attempt"], resume["step"]) == (1, 7)
+    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 27))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace_by_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink, replace_by_directory])
+@pytest.mark.parametrize("file", ["state.json", "manifest.json", "*.safetensors"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, file: str, damage: Callable[[Path], None]) -> None:
+    run(tmp_path, max_steps=12)
+    old, new = find(tmp_path / "checkpoints")
+    assert (old.name, new.name) == ("step-00000010", "step-00000012")
+    (victim,) = new.glob(file)
+    damage(victim)
+    assert victim.name in str(verify(new))
+    run(tmp_path)
+    (resume,) = [event for event in read_metrics(tmp_path / "metrics.jsonl") if event["event"] == "resume"]
+    assert resume["step"] == 10
+    assert victim.name in resume["damaged"][0]
+
+
+def test_with_only_damaged_checkpoints_it_does_not_start_over(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=12)
+    for path in find(tmp_path / "checkpoints"):
+        flip(path / "state.json")
+    with pytest.raises(CheckpointError, match="will not start over by itself"):
+        run(tmp_path)
+    assert status(tmp_path)[0] == "failed"
+    assert run(tmp_path, resume="never").steps == 26
+
+
+def test_a_path_names_the_checkpoint(tmp_path: Path) -> None:
+    run(tmp_path / "first", max_steps=12)
+    old, new = find(tmp_path / "first" / "checkpoints")
+    assert run(tmp_path / "second", resume=str(old), max_steps=11).steps == 11
+    flip(new / "state.json")
+    with pytest.raises(CheckpointError, match=r"state.json is not as it was written"):
+        run(tmp_path / "third", resume=str(new))
+
+
+def test_other_data_is_not_gone_on_with(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=7)
+    with pytest.raises(ValueError, match=r"rows was 200 and is 201"):
+        run(tmp_path, rows=201)
+    with pytest.raises(ValueError, match=r"seed was 0 and is 1"):
+        run(tmp_path, seed=1)
+
+
+def test_a_write_that_fails_leaves_the_ones_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, max_steps=12)
+    before = find(tmp_path / "checkpoints")
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_sync", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        run(tmp_path)
+    monkeypatch.undo()
+    assert [path for path in find(tmp_path / "checkpoints") if verify(path) is None] == before
+    assert run(tmp_path).steps == 26
+    assert not list((tmp_path / "checkpoints").glob(".*"))  # the leftover is gone
+
+
+def test_a_stop_file_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "STOP").touch()
+    stopped = run(tmp_path)
+    assert 0 < stopped.steps < 26
+    assert status(tmp_path) == ("preempted", stopped.steps)
+    (tmp_path / "STOP").unlink()
+    assert run(tmp_path).steps == 26
+    assert status(tmp_path) == ("done", 26)
+
+
+def test_the_oldest_go_first(tmp_path: Path) -> None:
+    run(tmp_path)
+    assert [path.name for path in find(tmp_path / "checkpoints")] == ["step-00000025", "step-00000026"]
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000026")
+    assert run(tmp_path).steps == 26
