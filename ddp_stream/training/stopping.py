@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +42,9 @@ class StopRequest:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        # Python handles signals in the main thread; training in another one leaves them to whoever has that.
+        main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if main else ():
             self._former[number] = signal.signal(number, self._on_signal)
         return self
 
