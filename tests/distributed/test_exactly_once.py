@@ -67,8 +67,8 @@ def test_streaming_dataset(world_size: int) -> None:
     check_dataset(world_size, [(rows, workers, None) for rows, workers in product(SIZES, WORKERS)])
 
 
-def test_streaming_dataset_in_a_spawned_worker() -> None:
-    check_dataset(2, [(1000, 1, "spawn")])  # where nothing but the dataset itself can tell the rank
+def test_streaming_dataset_in_spawned_workers() -> None:
+    check_dataset(2, [(1000, 2, "spawn")])  # where nothing but the dataset itself can tell the rank
 
 
 @pytest.mark.slow

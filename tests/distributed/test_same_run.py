@@ -27,6 +27,7 @@ PEAK, WARMUP = 0.01, 5
 @dataclass(frozen=True)
 class Run:
     directory: str
+    optimizer: Literal["adam", "sgd"]
     workers: int
     micro_batch_size: int | None
     clip_norm: float | None
@@ -40,12 +41,15 @@ class Trained:
 
 
 @functools.cache
-def plain(clip_norm: float | None) -> Trained:
+def plain(optimizer_name: str, clip_norm: float | None) -> Trained:
     """One process, no worker, no engine: every step is the mean over rows 96 s .. 96 s + 95 of the epoch's order."""
     source = SyntheticRegression(ROWS)
     torch.manual_seed(mix(SEED) >> 1)
     model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
-    optimizer = torch.optim.Adam(model.parameters())
+    if optimizer_name == "adam":
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters())
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     losses = []
     for epoch in range(EPOCHS):
         order = make_order("full", BlockLayout(ROWS), seed=SEED, epoch=epoch)
@@ -73,7 +77,9 @@ def train_here(run: Run) -> Trained:
     config = TrainConfig(
         task=Regression(),
         data=DataConfig(global_batch_size=BATCH, micro_batch_size=run.micro_batch_size, num_workers=run.workers),
-        optim=OptimConfig(lr=PEAK, schedule="cosine", warmup_steps=WARMUP, clip_norm=run.clip_norm),
+        optim=OptimConfig(
+            run.optimizer, lr=PEAK, momentum=0.9, schedule="cosine", warmup_steps=WARMUP, clip_norm=run.clip_norm
+        ),
         engine=run.engine,
         epochs=EPOCHS,
         seed=SEED,
@@ -88,14 +94,21 @@ def train_here(run: Run) -> Trained:
 def check(world_size: int, runs: list[Run]) -> None:
     for by_run in run_ranks(train_here, world_size, runs, group=False):
         for run, trained in zip(runs, by_run, strict=True):
-            expected = plain(run.clip_norm)
+            expected = plain(run.optimizer, run.clip_norm)
             difference = (trained.weights - expected.weights).norm() / expected.weights.norm()
             assert difference < 1e-5, (run, difference)
             assert trained.losses == pytest.approx(expected.losses, rel=1e-5), run
 
 
-# Workers, micro-batch size and clipping: every value with every other one.
-SETTINGS: list[tuple[int, int | None, float | None]] = [(0, None, None), (0, 7, 0.5), (2, None, 0.5), (2, 7, None)]
+# Adam forgives a gradient that is too large by some factor, and SGD does not.
+SETTINGS: list[tuple[Literal["adam", "sgd"], int, int | None, float | None]] = [
+    ("adam", 0, None, None),
+    ("adam", 2, 7, 0.5),
+    ("sgd", 0, None, 0.5),
+    ("sgd", 0, 7, None),
+    ("sgd", 2, None, None),
+    ("sgd", 2, 7, 0.5),
+]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -103,13 +116,16 @@ def test_ddp(world_size: int, tmp_path: Path) -> None:
     check(world_size, [Run(str(tmp_path / str(index)), *setting) for index, setting in enumerate(SETTINGS)])
 
 
-@pytest.mark.parametrize("setting", [(0, None, None), (2, 7, 0.5)], ids=str)
+@pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[-1]], ids=["plain", "accumulated-clipped"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_accelerate(world_size: int, setting: tuple[int, int | None, float | None], tmp_path: Path) -> None:
+def test_accelerate(
+    world_size: int, setting: tuple[Literal["adam", "sgd"], int, int | None, float | None], tmp_path: Path
+) -> None:
     # One run for every set of ranks, for accelerate's state is one for the whole life of a process.
     check(world_size, [Run(str(tmp_path), *setting, "accelerate")])
 
 
-def test_clipping_matters() -> None:
-    free, clipped = plain(None), plain(0.5)
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_clipping_matters(optimizer: str) -> None:
+    free, clipped = plain(optimizer, None), plain(optimizer, 0.5)
     assert (free.weights - clipped.weights).norm() / free.weights.norm() > 1e-3

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from ddp_stream.commands import checkpoint as command
 from ddp_stream.sources import SyntheticRegression
 from ddp_stream.tasks import Regression
 from ddp_stream.training import checkpoint
@@ -142,6 +144,28 @@ def test_a_stop_file_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
     (tmp_path / "STOP").unlink()
     assert run(tmp_path).steps == 26
     assert status(tmp_path) == ("done", 26)
+
+
+def test_the_command_lists_verifies_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = run(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str]:
+        parser = command.parser()
+        code = command.run(parser, parser.parse_args([*arguments[:1], str(tmp_path), *arguments[1:]]))
+        return code, capsys.readouterr().out
+
+    capsys.readouterr()
+    assert call("list")[0] == 0
+    code, out = call("verify")
+    assert (code, out.count("whole")) == (0, 2)
+    assert call("export")[0] == 0
+    exported = load_file(tmp_path / "step-00000026.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in trained.model.state_dict().items())
+    flip(tmp_path / "checkpoints" / "step-00000026" / "state.json")
+    code, out = call("verify")
+    assert (code, out.count("state.json is not as it was written")) == (1, 1)
+    assert "step-00000025" in call("export")[1]
+    assert call("export", "--step", "26")[0] == 1
 
 
 def test_the_oldest_go_first(tmp_path: Path) -> None:
