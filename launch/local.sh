@@ -44,15 +44,11 @@ if [[ -z $nproc ]]; then
 fi
 
 torchrun=(torchrun --standalone "--nproc_per_node=$nproc")
-# By default SIGUSR1 kills torchrun at once and leaves its ranks running. These two flags pass it on and give the
-# ranks time to save. Older releases do not have them.
-torchrun_help=$(torchrun --help)
-if [[ $torchrun_help == *--signals-to-handle* && $torchrun_help == *--shutdown-timeout* ]]; then
-  torchrun+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout 60)
-fi
-
 threads=$(threads_per_rank "$nproc")
-command=(env "OMP_NUM_THREADS=$threads" "${torchrun[@]}" -m ddp_stream "$@")
+# By default SIGUSR1 kills torchrun at once and leaves its ranks running. These two pass it on and give the ranks time
+# to save. As variables rather than flags, because older releases do not know the flags and would refuse them.
+environment=("OMP_NUM_THREADS=$threads" "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" PET_SHUTDOWN_TIMEOUT=60)
+command=(env "${environment[@]}" "${torchrun[@]}" -m ddp_stream "$@")
 if [[ $dry_run == yes ]]; then
   print_command "${command[@]}"
   exit

@@ -47,6 +47,12 @@ class Busy(SyntheticRegression):
             time.sleep(600)
         return super().take(rows)
 
+class Dying(SyntheticRegression):
+    def take(self, rows):
+        if get_worker_info() is not None and 500 in rows:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
+        return super().take(rows)
+
 class Unreadable(SyntheticRegression):
     def take(self, rows):
         if 500 in rows:
@@ -104,6 +110,14 @@ def test_a_worker_that_raises(folder: Path) -> None:
     assert kind == "failed"
     assert reason.startswith(f"rank {rank} on ")
     assert "row 500 cannot be read" in reason
+
+
+def test_a_worker_that_is_killed(folder: Path) -> None:
+    job = train(folder, "--data.source", "faulty.Dying", "--data.source.total_samples", "1000")
+    assert job.code == 1
+    kind, _, reason = status(folder)
+    assert kind == "failed"
+    assert "is killed by signal: Killed" in reason
 
 
 def test_a_loss_that_is_not_a_number(folder: Path) -> None:

@@ -109,11 +109,11 @@ def test_a_source_that_returns_fewer_rows(tmp_path: Path) -> None:
     arguments = ["--data.source", "short.Short", "--data.source.total_samples", "1000", "--run.dir", "run"]
     job = torchrun(DDP_STREAM, "train", *arguments, cwd=tmp_path)
     assert job.code == 1
-    assert "Short(1000 rows): column 'features' has " in job.err
+    assert "DataError: Short(1000 rows): column 'features' has " in job.err
     assert "rows would be lost or invented" in job.err
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["status"] == "failed"
-    assert "Short(1000 rows): column 'features' has " in status["reason"]
+    assert "DataError: Short(1000 rows): column 'features' has " in status["reason"]
 
 
 PREPARED = """
