@@ -57,7 +57,7 @@ class _Tabular(Task):
         """The features side by side, `[rows, n]` float32."""
         assert self.features is not None, "setup() names the features"
         parts: list[torch.Tensor] = [as_tensor(columns[name]) for name in self.features]
-        parts = [part.reshape(len(part), -1) for part in parts]
+        parts = [_matrix(part) for part in parts]
         if len(parts) == 1 and parts[0].dtype == torch.float32:
             return parts[0]
         out = torch.empty(len(parts[0]), sum(part.shape[1] for part in parts))
@@ -101,7 +101,7 @@ class Regression(_Tabular):
 
     def _label(self, column: Any) -> torch.Tensor:
         label: torch.Tensor = as_tensor(column).to(torch.float32)
-        return label.reshape(len(label), -1)
+        return _matrix(label)
 
     def build_model(self) -> nn.Module:
         return self._mlp(self.n_outputs)
@@ -155,6 +155,11 @@ class Classification(_Tabular):
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return functional.cross_entropy(model(batch["features"]), batch["label"], reduction="none")
+
+
+def _matrix(column: torch.Tensor) -> torch.Tensor:
+    """A column as `[rows, n]`, also where there are no rows."""
+    return column.flatten(1) if column.dim() > 1 else column.unsqueeze(1)
 
 
 def _is_numeric(column: Any) -> bool:

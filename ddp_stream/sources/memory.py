@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from ddp_stream.order import mix, mix_array
-from ddp_stream.sources.base import Column, Columns, DataError, Ints, Source, fingerprint_of
+from ddp_stream.sources.base import Column, Columns, DataError, Ints, Source, check_columns, fingerprint_of
 
 
 class InMemory(Source):
@@ -39,7 +39,8 @@ class InMemory(Source):
         return tuple(self._columns)
 
     def select(self, columns: Sequence[str]) -> Source:
-        return super().select(columns) and InMemory({name: self._columns[name] for name in columns})
+        check_columns(columns, self.columns, str(self))
+        return InMemory({name: self._columns[name] for name in columns})
 
 
 def gather(column: Column, rows: Ints) -> Column:

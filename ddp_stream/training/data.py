@@ -25,7 +25,7 @@ def make_source(config: DataConfig) -> Source:
         )
     if config.path is not None:
         return open_source(config.path, config.columns, config.fill_null)
-    source = config.source or SyntheticRegression(1000)
+    source = SyntheticRegression(1000) if config.source is None else config.source  # an empty source is false, too
     return source.select(config.columns) if config.columns is not None else source
 
 

@@ -168,6 +168,13 @@ def test_the_command_lists_verifies_and_exports(tmp_path: Path, capsys: pytest.C
     assert call("export", "--step", "26")[0] == 1
 
 
+@pytest.mark.parametrize(("rows", "steps"), [(0, 0), (1, 2), (16, 2), (17, 4)])
+def test_few_rows_are_those_that_were_given(tmp_path: Path, rows: int, steps: int) -> None:
+    result = run(tmp_path, rows=rows)
+    assert ([verdict.rows for verdict in result.verdicts], result.steps) == ([rows, rows], steps)
+    assert status(tmp_path) == ("done", steps)
+
+
 def test_the_oldest_go_first(tmp_path: Path) -> None:
     run(tmp_path)
     assert [path.name for path in find(tmp_path / "checkpoints")] == ["step-00000025", "step-00000026"]
