@@ -194,8 +194,13 @@ def _run(warm: Callable[[list[str]], None] | None, arguments: list[str], cwd: Pa
         while code is not None and left and time.time() < ended + 2:
             time.sleep(0.02)
             left = _processes_of(out)
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
+        still = left
+        while still:
+            for pid in still:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+            still = _processes_of(out)
         job = Job(code if code is not None else -1, out.read_text(), err.read_text(), ended)
     assert code is not None, f"not done after {JOB_TIMEOUT_S} s\n{job.out}\n{job.err}"
     assert not left, f"processes left behind: {left}\n{job.out}\n{job.err}"
