@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ddp_stream.batch import as_tensor, pin
 from ddp_stream.order import BlockLayout, Order, Shuffle, make_order
-from ddp_stream.partition import GlobalBatchPlan, shard_bounds
+from ddp_stream.partition import GlobalBatchPlan, shard_bounds, spans
 from ddp_stream.sources.base import Column, Columns, DataError, Ints, Source, check_taken
 from ddp_stream.topology import Topology
 
@@ -210,8 +210,7 @@ class SpanReader(IterableDataset[Any]):
         """The spans that `worker` of `num_workers` reads from `offset` on."""
         order = self.order(epoch)
         steps = self.plan.steps(offset)
-        for first in range(worker * self.span_steps, steps, num_workers * self.span_steps):
-            count = min(self.span_steps, steps - first)
+        for first, count in spans(steps, self.span_steps, worker, num_workers):
             start = offset + first * self.plan.stride
             positions, _ = self.plan.positions(start, count, *self.slots)
             rows = order.rows(positions)

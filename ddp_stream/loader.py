@@ -99,7 +99,7 @@ class StreamLoader:
             source,
             self.plan,
             self.slots,
-            shuffle=_resolve_shuffle(shuffle, source),
+            shuffle=resolve_shuffle(shuffle, source),
             seed=seed,
             window_rows=window_rows,
             transform=transform,
@@ -214,19 +214,14 @@ class StreamLoader:
 
     def _messages(self) -> Iterator[Span | PackedSpan]:
         if self._data_loader is None:
-            self._reader.span_steps = self._steps_per_message()
+            self._reader.span_steps = steps_per_message(
+                self.slots[1] - self.slots[0], row_bytes(self._reader), len(self), self.num_workers
+            )
             # A generator of its own, because the DataLoader would otherwise draw from the global one.
             self._data_loader = DataLoader(self._reader, batch_size=None, generator=torch.Generator(), **self._options)
         self._running[:] = [iter(self._data_loader)]
         iterator: Iterator[Span | PackedSpan] = self._running[0]
         return iterator
-
-    def _steps_per_message(self) -> int:
-        """As many steps as fit `MESSAGE_BYTES`, but few enough that all workers have some in every epoch."""
-        row = self._reader.read(np.zeros(1, np.int64))
-        step_bytes = (self.slots[1] - self.slots[0]) * (8 + sum(_nbytes(column) for column in row.values()))
-        steps = min(_MOST_STEPS, max(1, MESSAGE_BYTES // step_bytes))
-        return max(1, min(steps, len(self) // (2 * max(1, self.num_workers))))
 
     def _cut(self, span: Span, index: int) -> Batch:
         offset = span.offset + index * self.plan.stride
@@ -250,6 +245,24 @@ class StreamLoader:
         )
 
 
+def steps_per_message(slots: int, row_bytes: int, steps: int, num_workers: int) -> int:
+    """Steps of a span: as many as fit `MESSAGE_BYTES`, but few enough that all workers have some in every epoch.
+
+    Args:
+        slots: this rank's rows of a step
+        row_bytes: bytes of one row in a message
+        steps: steps of the epoch
+        num_workers: this rank's workers
+    """
+    fitting = min(_MOST_STEPS, max(1, MESSAGE_BYTES // (slots * row_bytes)))
+    return max(1, min(fitting, steps // (2 * max(1, num_workers))))
+
+
+def row_bytes(reader: SpanReader) -> int:
+    """Bytes of one row in a message: its columns as the transform leaves them, and its id."""
+    return 8 + sum(_nbytes(column) for column in reader.read(np.zeros(1, np.int64)).values())
+
+
 def _end_workers(running: list[Any]) -> None:
     """End the workers of a DataLoader's iterator: by its own protocol, and those that are stuck by force."""
     for iterator in running:
@@ -262,7 +275,8 @@ def _end_workers(running: list[Any]) -> None:
     running.clear()
 
 
-def _resolve_shuffle(shuffle: Shuffle | bool | None, source: Source) -> Shuffle:
+def resolve_shuffle(shuffle: Shuffle | bool | None, source: Source) -> Shuffle:
+    """The order that `shuffle` stands for over `source`."""
     if shuffle is False:
         return "none"
     if shuffle is None or shuffle is True:

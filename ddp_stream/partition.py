@@ -7,6 +7,7 @@ Nothing here knows a file, a process or a shuffle; nothing here loops over rows,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,32 @@ def shard_bounds(total: int, index: int, count: int) -> tuple[int, int]:
     size, extra = divmod(total, count)
     start = index * size + min(index, extra)
     return start, start + size + (index < extra)
+
+
+def shard_of(total: int, points: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """The inverse of `shard_bounds`: which of `count` shards over `total` rows holds each of `points [n]`.
+
+    >>> shard_of(20, np.array([0, 6, 7, 19]), 3).tolist()
+    [0, 0, 1, 2]
+    """
+    size, extra = divmod(total, count)
+    boundary = extra * (size + 1)  # where the shards that have one more end
+    return np.where(points < boundary, points // (size + 1), extra + (points - boundary) // max(1, size))
+
+
+def spans(steps: int, span_steps: int, worker: int, num_workers: int) -> Iterator[tuple[int, int]]:
+    """The spans of `steps` steps that `worker` prepares, every `num_workers`-th: first step and number of steps.
+
+    >>> [list(spans(steps=10, span_steps=3, worker=worker, num_workers=2)) for worker in (0, 1)]
+    [[(0, 3), (6, 3)], [(3, 3), (9, 1)]]
+    """
+    for first in range(worker * span_steps, steps, num_workers * span_steps):
+        yield first, min(span_steps, steps - first)
+
+
+def span_worker(step: NDArray[np.int64], span_steps: int, num_workers: int) -> NDArray[np.int64]:
+    """The inverse of `spans`: which worker prepares each `step [n]`, counted from where the iteration began."""
+    return step // span_steps % num_workers
 
 
 @dataclass(frozen=True)
@@ -127,20 +154,16 @@ class GlobalBatchPlan:
             position = np.where(filled, position, end - 1)
         return position.reshape(-1), filled.reshape(-1)
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """The inverse: `(offset, slot)` of `position` for steps that start at offset 0.
+    def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The inverse: `(offset [n], slot [n])` of `positions [n]` for steps that start at offset 0.
 
-        >>> GlobalBatchPlan(total=10, global_batch_size=4, lanes=2).locate(8)
-        (2, 3)
+        >>> [array.tolist() for array in GlobalBatchPlan(total=10, global_batch_size=4, lanes=2).locate(np.array([8]))]
+        [[2], [3]]
         """
-        if not 0 <= position < self.total:
-            raise ValueError(f"position={position} is outside the epoch's 0..{self.total - 1}")
+        outside = positions[(positions < 0) | (positions >= self.total)]
+        if len(outside):
+            raise ValueError(f"position={outside[0]} is outside the epoch's 0..{self.total - 1}")
         size, more = divmod(self.total, self.lanes)
-        boundary = more * (size + 1)
-        if position < boundary:
-            lane, within = divmod(position, size + 1)
-        else:
-            lane, within = divmod(position - boundary, size)
-            lane += more
-        step, slot = divmod(within, self.stride)
-        return step * self.stride, lane * self.stride + slot
+        lane = shard_of(self.total, positions, self.lanes)
+        step, within = np.divmod(positions - lane * size - np.minimum(lane, more), self.stride)
+        return step * self.stride, lane * self.stride + within

@@ -154,7 +154,7 @@ def test_ranks_share_every_step_and_do_not_change_it(total, lanes, stride, tail,
 def test_locate_finds_the_step_and_slot_of_a_position(total, lanes, stride, data):
     plan = GlobalBatchPlan(total, lanes * stride, lanes)
     position = data.draw(st.integers(0, total - 1))
-    offset, slot = plan.locate(position)
+    offset, slot = (array.item() for array in plan.locate(np.array([position])))
     positions, filled = plan.positions(offset, 1, slot, slot + 1)
     assert (positions.tolist(), filled.tolist()) == ([position], [True])
     assert offset % stride == 0

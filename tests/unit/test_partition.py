@@ -2,9 +2,10 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
-from ddp_stream.partition import GlobalBatchPlan, shard_bounds
+from ddp_stream.partition import GlobalBatchPlan, shard_bounds, shard_of, span_worker, spans
 
 TRILLION = 10**12
 
@@ -33,6 +34,26 @@ def test_a_trillion_rows_over_65_536_shards():
 def test_there_is_no_such_shard(total, index, count):
     with pytest.raises(ValueError, match=rf"total={total}, index={index}, count={count}\): there is no such shard"):
         shard_bounds(total, index, count)
+
+
+@pytest.mark.parametrize(("total", "count"), [(20, 3), (2, 3), (7, 7), (1, 4), (11, 1)])
+def test_every_row_knows_its_shard(total, count):
+    shards = [index for index in range(count) for _ in range(*shard_bounds(total, index, count))]
+    assert shard_of(total, np.arange(total), count).tolist() == shards
+
+
+@pytest.mark.parametrize(
+    ("steps", "span_steps", "num_workers"), [(10, 3, 2), (10, 1, 4), (3, 5, 2), (0, 2, 2), (12, 4, 3)]
+)
+def test_every_step_is_in_a_span_of_one_worker(steps, span_steps, num_workers):
+    worker = [None] * steps
+    for index in range(num_workers):
+        for first, count in spans(steps, span_steps, index, num_workers):
+            assert 1 <= count <= span_steps
+            for step in range(first, first + count):
+                assert worker[step] is None
+                worker[step] = index
+    assert span_worker(np.arange(steps), span_steps, num_workers).tolist() == worker
 
 
 def table(plan):
@@ -130,7 +151,7 @@ def test_the_formulas_agree_with_a_loop(plan):
         assert plan.rows_in_step(index * plan.stride) == sum(p is not None for p in step)
         for slot, position in enumerate(step):
             if position is not None:
-                assert plan.locate(position) == (index * plan.stride, slot)
+                assert [array.item() for array in plan.locate(np.array([position]))] == [index * plan.stride, slot]
 
 
 @pytest.mark.parametrize("plan", [plan for plan in SMALL if plan.tail == "pad"], ids=str)
@@ -160,7 +181,7 @@ def test_a_plan_that_cannot_be_says_what_can(arguments, message):
 @pytest.mark.parametrize("position", [-1, 10])
 def test_locate_knows_the_end_of_the_epoch(position):
     with pytest.raises(ValueError, match=rf"position={position} is outside the epoch's 0\.\.9"):
-        GlobalBatchPlan(10, 4).locate(position)
+        GlobalBatchPlan(10, 4).locate(np.array([3, position]))
 
 
 def test_a_trillion_rows_are_arithmetic():
@@ -171,4 +192,4 @@ def test_a_trillion_rows_are_arithmetic():
     assert plan.rows_in_step(last) == 4_096
     positions, filled = plan.positions(last, 1, 4_095, 4_096)
     assert (positions.tolist(), filled.all()) == ([TRILLION - 1], True)
-    assert plan.locate(TRILLION - 1) == (last, 4_095)
+    assert [array.item() for array in plan.locate(np.array([TRILLION - 1]))] == [last, 4_095]
