@@ -772,18 +772,32 @@ def test_a_source_reads_in_another_process(method):
             assert taken["id"].tolist() == [12_287, 0, 5000]
 
 
-def test_a_fingerprint_tells_whether_a_file_changed():
+def test_a_fingerprint_is_that_of_the_bytes_and_not_of_the_clock():
     for source in sources_of_three_blocks():
         (path,) = source.paths
         before = source.fingerprint()
-        assert open_source(path).fingerprint() == before
         assert source.select(["id"]).fingerprint() == before
         Path("copy").mkdir(exist_ok=True)
-        shutil.copy2(path, "copy")
+        shutil.copy(path, "copy")
+        os.utime(f"copy/{path}", ns=(0, 0))
         assert open_source(f"copy/{path}").fingerprint() == before
-        time_ns = os.stat(path).st_mtime_ns + 1_000_000
-        os.utime(path, ns=(time_ns, time_ns))  # written again, with as many bytes
-        assert open_source(path).fingerprint() != before
+        for index in (1000, -1):
+            content = bytearray(Path(path).read_bytes())
+            content[index] ^= 1  # as many bytes
+            write(f"copy/{path}", bytes(content))
+            assert files_module.file_identity(f"copy/{path}") != files_module.file_identity(path)
+
+
+def test_the_ends_of_a_long_file_tell_it_from_another():
+    size = 200 << 10
+    identities = []
+    for changed in (None, 0, (64 << 10) - 1, size - (64 << 10), size - 1):
+        content = bytearray(size)
+        if changed is not None:
+            content[changed] = 1
+        write("long.npy", bytes(content))
+        identities.append(files_module.file_identity("long.npy"))
+    assert len(set(identities)) == 5
 
 
 # --- open_source ---
