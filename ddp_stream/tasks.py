@@ -156,6 +156,13 @@ class Classification(_Tabular):
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return functional.cross_entropy(model(batch["features"]), batch["label"], reduction="none")
 
+    def metrics(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        scores = model(batch["features"])
+        return {
+            "loss": functional.cross_entropy(scores, batch["label"], reduction="none"),
+            "accuracy": (scores.argmax(dim=1) == batch["label"]).float(),
+        }
+
 
 def _matrix(column: torch.Tensor) -> torch.Tensor:
     """A column as `[rows, n]`, also where there are no rows."""

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from ddp_stream.commands.cli import Parser
-from ddp_stream.training.checkpoint import find, verify
+from ddp_stream.training.manifest import find, verify
 
 Action = Literal["list", "verify", "export"]
 

@@ -7,7 +7,8 @@ from typing import Any
 import ddp_stream.tasks  # noqa: F401  (so that --task finds the ready ones by name)
 from ddp_stream.commands.cli import Parser, make_parser
 from ddp_stream.training.config import TrainConfig
-from ddp_stream.training.loop import ProofError, train
+from ddp_stream.training.loop import ProofError
+from ddp_stream.training.train import train
 
 
 def parser() -> Parser:

@@ -13,23 +13,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import shutil
+import threading
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint.state_dict_loader as dcp_loader
 import torch.distributed.checkpoint.state_dict_saver as dcp_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from ddp_stream.training.engine import Engine
+from ddp_stream.training.manifest import (
+    HashingFileSystem,
+    Manifest,
+    find,
+    hash_of,
+    make_empty,
+    set_aside,
+    step_of,
+    sync_to_disk,
+    verify,
+)
 
-_NAME = re.compile(r"step-(\d{8,})")
 _LEFTOVER = ".unfinished-"
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 # A single process saves and loads without torch.distributed, and knows it.
@@ -41,54 +53,82 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one run. All methods but `find` and `verify` are collective calls.
+    """The checkpoints of one run. `save`, `wait`, `load` and `choose` are collective calls.
 
     Args:
         folder: `RUN/checkpoints`
         engine: holds the model and the optimizer
         keep: how many whole checkpoints remain
+        background: write while training goes on, from a copy in host memory
     """
 
-    def __init__(self, folder: Path, engine: Engine, keep: int) -> None:
+    def __init__(self, folder: Path, engine: Engine, keep: int, background: bool = False) -> None:
         if keep < 2:
             raise ValueError(f"checkpoint.keep={keep}: the newest may turn out damaged, so keep at least 2")
         self.folder = folder
         self._engine = engine
         self._keep = keep
+        self._background = background
+        # The writing thread talks to the other ranks' ones on a group of its own.
+        self._group = engine.new_host_group() if background else None
+        self._writing: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._copies: dict[str, torch.Tensor] = {}
+        self._published: list[tuple[int, float]] = []
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint of model, optimizer and `state` (JSON), published before this returns.
+        """Write a checkpoint of model, optimizer and `state` (JSON).
+
+        It is published before this returns; in the background, before the next `save` or `wait` returns.
 
         Raises:
             CheckpointError: on every rank, if any could not write; earlier checkpoints are as they were.
         """
+        self.wait()
         target = self.folder / f"step-{step:08d}"
-        unfinished = self.folder / f"{_LEFTOVER}{target.name}"
-        self._on_rank_0(lambda: _make_empty(unfinished), f"begin a checkpoint in {self.folder}")
-        try:
-            # One process alone writes without torch.distributed.
-            dcp_saver.save(
-                self._tensors(),
-                storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
-                no_dist=self._engine.topology.world_size == 1,
+        if self._background:
+            tensors = self._copy_to_host(self._tensors())
+            self._writing = threading.Thread(
+                target=self._write_in_background, args=(target, step, tensors, state), daemon=True
             )
-        except Exception as error:
-            self._on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True), "clean up")
-            raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder} ({error}); the ones before it are "
-                f"untouched: free some space, or give another --run.dir"
-            ) from error
-        self._on_rank_0(lambda: self._publish(unfinished, target, state), f"publish the checkpoint of step {step}")
+            self._writing.start()
+        else:
+            self._write(target, step, self._tensors(), state)
         return target
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is published.
+
+        Raises:
+            CheckpointError: it could not be written; earlier checkpoints are as they were.
+        """
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def take_published(self) -> list[tuple[int, float]]:
+        """Step and seconds of writing of the checkpoints published since the last call."""
+        taken = self._published[:]
+        del self._published[: len(taken)]
+        return taken
 
     def load(self, path: Path) -> dict[str, Any]:
         """Put the tensors of the checkpoint at `path` into model and optimizer; returns its `state`."""
         tensors = self._tensors()
-        dcp_loader.load(
-            tensors,
-            storage_reader=HuggingFaceStorageReader(str(path)),
-            no_dist=self._engine.topology.world_size == 1,
-        )
+        try:
+            dcp_loader.load(
+                tensors,
+                storage_reader=HuggingFaceStorageReader(str(path)),
+                no_dist=self._engine.topology.world_size == 1,
+            )
+        except CheckpointException as error:
+            raise CheckpointError(
+                f"{path} does not fit this model and optimizer ({_first_failure(error)}); give it the ones it was made "
+                f"with, or another --run.dir"
+            ) from error
         model, optimizer = get_state_dict(self._engine.unwrap(), self._engine.raw_optimizer, options=_OPTIONS)
         set_state_dict(
             self._engine.unwrap(),
@@ -102,6 +142,8 @@ class Checkpoints:
 
     def choose(self, resume: str) -> tuple[Path | None, list[str]]:
         """The checkpoint to go on from, chosen by rank 0 for all, and what was found wrong with newer ones.
+
+        Those that the run does not go on from, but would later take for its own newest ones, are renamed.
 
         Args:
             resume: `auto` (the newest whole one, or none if there is none), `never`, or a path
@@ -121,25 +163,31 @@ class Checkpoints:
     def _look(self, resume: str) -> tuple[Path | None, list[str]]:
         for leftover in self.folder.glob(f"{_LEFTOVER}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        if resume == "never":
-            return None, []
-        if resume != "auto":
-            wrong = verify(Path(resume))
-            if wrong:
-                raise CheckpointError(f"{resume} is damaged or no checkpoint: {wrong}; name another one, or use auto")
-            return Path(resume), []
+        chosen: Path | None = None
         damaged: list[str] = []
-        for path in reversed(find(self.folder)):
-            wrong = verify(path)
-            if wrong is None:
-                return path, damaged
-            damaged.append(f"{path.name}: {wrong}")
-        if damaged:
-            raise CheckpointError(
-                f"no checkpoint in {self.folder} is whole ({'; '.join(damaged)}); this run will not start over by itself "
-                f"and spend its work: restore one, or start anew with --checkpoint.resume never"
-            )
-        return None, []
+        if resume == "auto":
+            for path in reversed(find(self.folder)):
+                wrong = verify(path)
+                if wrong is None:
+                    chosen = path
+                    break
+                damaged.append(f"{path.name}: {wrong}")
+            if damaged and chosen is None:
+                raise CheckpointError(
+                    f"no checkpoint in {self.folder} is whole ({'; '.join(damaged)}); this run will not start over by "
+                    f"itself and spend its work: restore one, or start anew with --checkpoint.resume never"
+                )
+        elif resume != "never":
+            chosen = Path(resume)
+            wrong = verify(chosen)
+            if wrong is not None:
+                raise CheckpointError(f"{resume} is damaged or no checkpoint: {wrong}; name another one, or use auto")
+        found = find(self.folder)
+        ours = chosen is not None and chosen.resolve() in [path.resolve() for path in found]
+        for path in found:
+            if chosen is None or not ours or step_of(path) > step_of(chosen):
+                set_aside(path)
+        return chosen, damaged
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         model, optimizer = get_state_dict(self._engine.unwrap(), self._engine.raw_optimizer, options=_OPTIONS)
@@ -148,24 +196,95 @@ class Checkpoints:
         # What is no tensor (rates, betas) is configuration, and comes from there.
         return {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
-    def _publish(self, unfinished: Path, target: Path, state: Mapping[str, Any]) -> None:
-        (unfinished / "state.json").write_text(json.dumps(state, indent=1))
-        manifest = {path.name: list(_size_and_hash(path)) for path in sorted(unfinished.iterdir())}
-        (unfinished / "manifest.json").write_text(
-            json.dumps({"files": manifest, "sha256": _hash_of(manifest)}, indent=1)
-        )
-        for path in unfinished.iterdir():
-            _sync(path)
-        _sync(unfinished)
-        if target.exists():  # written by an attempt that was rolled back behind it, or damaged
-            shutil.rmtree(target)
-        unfinished.rename(target)
-        _sync(self.folder)
-        whole = [path for path in find(self.folder) if (path / "manifest.json").is_file()]
-        for path in whole[: -self._keep]:
-            shutil.rmtree(path)
+    def _copy_to_host(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies that training does not change, in memory that is kept for the next time."""
+        for name, value in tensors.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty_like(value, device="cpu", pin_memory=value.device.type == "cuda")
+            self._copies[name].copy_(value, non_blocking=True)
+        if self._engine.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return {name: self._copies[name] for name in tensors}
 
-    def _on_rank_0(self, action: Any, what: str) -> None:
+    def _write_in_background(self, *arguments: Any) -> None:
+        try:
+            self._write(*arguments)
+        except BaseException as error:  # raised by the next wait()
+            self._error = error
+
+    def _write(self, target: Path, step: int, tensors: dict[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+        started = time.monotonic()
+        unfinished = self.folder / f"{_LEFTOVER}{target.name}"
+        self._on_rank_0(lambda: make_empty(unfinished), f"begin a checkpoint in {self.folder}")
+        files = HashingFileSystem()
+        try:
+            # One process alone writes without torch.distributed.
+            dcp_saver.save(
+                tensors,
+                storage_writer=self._writer(unfinished, files),
+                process_group=self._group,
+                no_dist=self._engine.topology.world_size == 1,
+            )
+        except (CheckpointException, OSError) as error:
+            self._on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True), "clean up")
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.folder} ({_first_failure(error)}); the "
+                f"ones before it are untouched: free some space, or give another --run.dir"
+            ) from error
+        manifests = self._engine.from_all_ranks(files.written, self._group)
+        manifest = {name: entry for written in manifests for name, entry in sorted(written.items())}
+
+        def publish() -> None:
+            for _, action in self.publish_steps(unfinished, target, state, manifest):
+                action()
+
+        self._on_rank_0(publish, f"publish the checkpoint of step {step}")
+        self._published.append((step, time.monotonic() - started))
+
+    def _writer(self, unfinished: Path, files: FileSystem) -> HuggingFaceStorageWriter:
+        writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+        writer.fs = files
+        return writer
+
+    def publish_steps(
+        self, unfinished: Path, target: Path, state: Mapping[str, Any], manifest: Manifest
+    ) -> list[tuple[str, Callable[[], None]]]:
+        """What rank 0 does, one after the other, when all ranks have written their tensors; each may be the last."""
+
+        def write_state() -> None:
+            text = json.dumps(state, indent=1)
+            (unfinished / "state.json").write_text(text)
+            manifest["state.json"] = [len(text.encode()), hashlib.sha256(text.encode()).hexdigest()]
+
+        def write_manifest() -> None:
+            text = json.dumps({"files": manifest, "sha256": hash_of(manifest)}, indent=1)
+            (unfinished / "manifest.json").write_text(text)
+
+        def sync() -> None:
+            for name in ("state.json", "manifest.json"):
+                sync_to_disk(unfinished / name)
+            sync_to_disk(unfinished)
+
+        def make_way() -> None:  # for one that another attempt wrote, and that this one does not go on from
+            if target.exists():
+                shutil.rmtree(target)
+
+        def retain() -> None:
+            whole = [path for path in find(self.folder) if verify(path, content=False) is None]
+            for path in whole[: -self._keep]:
+                shutil.rmtree(path)
+
+        return [
+            ("state", write_state),
+            ("manifest", write_manifest),
+            ("sync", sync),
+            ("make way", make_way),
+            ("rename", lambda: _rename(unfinished, target)),
+            ("sync folder", lambda: sync_to_disk(self.folder)),
+            ("retain", retain),
+        ]
+
+    def _on_rank_0(self, action: Callable[[], None], what: str) -> None:
         """Run `action` on rank 0; if it fails there, every rank raises."""
         wrong: str | None = None
         if self._engine.topology.rank == 0:
@@ -173,65 +292,22 @@ class Checkpoints:
                 action()
             except (OSError, CheckpointError) as error:
                 wrong = str(error)
-        wrong = self._engine.from_rank_0(wrong)
+        wrong = self._engine.from_rank_0(wrong, self._group)
         if wrong is not None:
             raise CheckpointError(f"rank 0 could not {what}: {wrong}")
+
+
+def _first_failure(error: BaseException) -> str:
+    """The cause, without the stack traces that torch prints for every rank."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {type(cause).__name__}: {cause}"
+    return str(error)
 
 
 def _under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def find(folder: Path) -> list[Path]:
-    """The published checkpoints in `folder`, oldest first, whole or not."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        (path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:])
-    )
-
-
-def verify(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`; None if every byte is as it was written."""
-    try:
-        written = json.loads((path / "manifest.json").read_text())
-        manifest = written["files"]
-        if written["sha256"] != _hash_of(manifest):
-            return "manifest.json is not as it was written"
-        wrong = []
-        for name, (size, digest) in manifest.items():
-            file = path / name
-            if not file.is_file():
-                wrong.append(f"{name} is missing or no file")
-            elif _size_and_hash(file) != (size, digest):
-                wrong.append(f"{name} is not as it was written")
-        wrong += [
-            f"{file.name} was not written" for file in path.iterdir() if file.name not in {*manifest, "manifest.json"}
-        ]
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        return f"manifest.json cannot be read ({type(error).__name__}: {error})"
-    return "; ".join(wrong) or None
-
-
-def _size_and_hash(path: Path) -> tuple[int, str]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
-    return path.stat().st_size, digest.hexdigest()
-
-
-def _hash_of(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _make_empty(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-
-
-def _sync(path: Path) -> None:
-    """Make the content of a file, or the names in a directory, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _rename(unfinished: Path, target: Path) -> None:
+    unfinished.rename(target)

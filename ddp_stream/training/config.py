@@ -93,8 +93,22 @@ class CheckpointConfig:
     """Save when so many minutes have passed since the last time."""
     keep: int = 2
     """How many checkpoints remain, at least 2."""
+    async_save: bool = False
+    """Write while training goes on, from a copy of model and optimizer in the memory of every rank."""
     resume: str = "auto"
     """auto goes on from the newest whole checkpoint of the run directory, never starts anew, a path names one."""
+
+
+@dataclass
+class EvalConfig:
+    """Rows that the model is measured on, each exactly once, and not trained with."""
+
+    path: str | None = None
+    """A file, a directory or a glob of the same columns as the training data; by default there is no evaluation."""
+    source: Source | None = None
+    """A source by import path, with its arguments as --eval.source.NAME; in place of path."""
+    every_epochs: int = 1
+    """Evaluate after every so many epochs, and after the last."""
 
 
 @dataclass
@@ -115,6 +129,8 @@ class TrainConfig:
     """What to train, by import path, with its arguments as --task.NAME."""
     data: DataConfig = field(default_factory=DataConfig)
     """Where rows come from, and how they are dealt."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Rows that the model is measured on, each exactly once, and not trained with."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer and the learning rate."""
     engine: Literal["ddp", "accelerate"] = "ddp"
@@ -126,7 +142,8 @@ class TrainConfig:
     seed: int = 0
     """Decides the shuffle, the first weights and all random numbers of training."""
     timeout_s: float = 300.0
-    """Seconds after which a collective operation that some rank does not join is an error."""
+    """Seconds after which a collective operation that some rank does not join is an error; before the first step, at
+    least half an hour."""
     run: RunConfig = field(default_factory=RunConfig)
     """Where the run leaves its results."""
     max_minutes: float | None = None

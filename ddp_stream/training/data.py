@@ -8,7 +8,7 @@ from ddp_stream.dataset import Transform
 from ddp_stream.loader import StreamLoader
 from ddp_stream.sources import Source, SyntheticRegression, open_source
 from ddp_stream.topology import Topology
-from ddp_stream.training.config import DataConfig
+from ddp_stream.training.config import DataConfig, EvalConfig
 
 
 def make_source(config: DataConfig) -> Source:
@@ -18,15 +18,27 @@ def make_source(config: DataConfig) -> Source:
         ValueError: both `path` and `source` are given.
         DataError: the files cannot be read.
     """
-    if config.path is not None and config.source is not None:
-        raise ValueError(
-            f"--data.path {config.path} and --data.source {type(config.source).__name__} are both given, and rows come "
-            f"from one of them: leave one out"
-        )
+    _check_one(config.path, config.source, "data")
     if config.path is not None:
         return open_source(config.path, config.columns, config.fill_null)
     source = SyntheticRegression(1000) if config.source is None else config.source  # an empty source is false, too
     return source.select(config.columns) if config.columns is not None else source
+
+
+def make_eval_source(config: EvalConfig, data: DataConfig) -> Source | None:
+    """The source to evaluate on; None if the configuration names none."""
+    _check_one(config.path, config.source, "eval")
+    if config.path is not None:
+        return open_source(config.path, data.columns, data.fill_null)
+    return config.source
+
+
+def _check_one(path: str | None, source: Source | None, group: str) -> None:
+    if path is not None and source is not None:
+        raise ValueError(
+            f"--{group}.path {path} and --{group}.source {type(source).__name__} are both given, and rows come from one "
+            f"of them: leave one out"
+        )
 
 
 def make_loader(

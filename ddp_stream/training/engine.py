@@ -27,6 +27,8 @@ from ddp_stream.training.task import Task
 
 T = TypeVar("T")
 
+_FIRST_TIMEOUT_S = 1800.0
+
 
 class WorldError(RuntimeError):
     """The processes that run are not the ones that the launcher promised."""
@@ -37,6 +39,7 @@ class Engine(ABC):
 
     device: torch.device
     topology: Topology
+    timeout_s: float
     model: nn.Module
     optimizer: torch.optim.Optimizer
     raw_optimizer: torch.optim.Optimizer
@@ -127,27 +130,39 @@ class Engine(ABC):
             dist.all_reduce(values)
         return values
 
-    def from_rank_0(self, value: T) -> T:
+    def new_host_group(self) -> Any:
+        """A group of all ranks for another thread's messages between hosts; None for a single process."""
+        return dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def from_rank_0(self, value: T, group: Any = None) -> T:
         """Rank 0's `value`, on every rank."""
         if not dist.is_initialized():
             return value
         values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=group)
         result: T = values[0]
         return result
 
-    def from_all_ranks(self, value: T) -> list[T]:
+    def from_all_ranks(self, value: T, group: Any = None) -> list[T]:
         """Every rank's `value`, by rank."""
         if not dist.is_initialized():
             return [value]
         values: list[Any] = [None] * self.topology.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
         return values
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if dist.is_initialized():
             dist.barrier()
+
+    def shorten_timeout(self) -> None:
+        """From now on a collective call that some rank does not join fails after `timeout_s` seconds.
+
+        Before the first step ranks may wait longer for each other: for one that builds an index, or compiles.
+        """
+        if dist.is_initialized():
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s))
 
     def close(self) -> None:
         """Leave the process group."""
@@ -159,6 +174,7 @@ class DdpEngine(Engine):
     """torch.distributed and DistributedDataParallel; a single process goes without both."""
 
     def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
         self.topology = Topology.detect()
         self.device = _pick_device(self.topology)
         if self.topology.world_size > 1 and not dist.is_initialized():
@@ -166,7 +182,7 @@ class DdpEngine(Engine):
                 _backend(self.device),
                 rank=self.topology.rank,
                 world_size=self.topology.world_size,
-                timeout=timedelta(seconds=timeout_s),
+                timeout=timedelta(seconds=max(timeout_s, _FIRST_TIMEOUT_S)),
             )
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -199,12 +215,16 @@ class AccelerateEngine(Engine):
     def __init__(self, timeout_s: float) -> None:
         import accelerate
 
+        self.timeout_s = timeout_s
+
         promised = Topology.detect()
         cpu = not torch.accelerator.is_available()
         self._accelerator = accelerate.Accelerator(
             # Without cpu=True, processes started with use_cpu each believe that they are alone.
             cpu=cpu,
-            kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
+            kwargs_handlers=[
+                accelerate.InitProcessGroupKwargs(timeout=timedelta(seconds=max(timeout_s, _FIRST_TIMEOUT_S)))
+            ],
         )
         found, rank = self._accelerator.num_processes, self._accelerator.process_index
         if (rank, found) != (promised.rank, promised.world_size):

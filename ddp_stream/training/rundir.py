@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -64,7 +64,7 @@ class RunDir:
         self.attempt = sum(event.get("event") == "start" for event in events)
         (self.path / "status.json").unlink(missing_ok=True)
         write_atomically(self.path / "config.yaml", config_yaml)
-        self._metrics = (self.path / "metrics.jsonl").open("a")
+        self._metrics = open_lines(self.path / "metrics.jsonl")
         return self.attempt
 
     def trace(self, batch: Batch, step: int) -> None:
@@ -72,7 +72,7 @@ class RunDir:
         if self._trace is None:
             folder = self.path / "trace"
             folder.mkdir(exist_ok=True)
-            self._trace = (folder / f"rank-{self.rank:05d}.jsonl").open("a")
+            self._trace = open_lines(folder / f"rank-{self.rank:05d}.jsonl")
         rows = batch.trained_rows.tolist()
         line = {"attempt": self.attempt, "epoch": batch.epoch, "step": step, "rows": rows}
         self._trace.write(json.dumps(line) + "\n")
@@ -81,6 +81,11 @@ class RunDir:
         """Append an event to `metrics.jsonl` (rank 0 only)."""
         if self._metrics is not None:
             self._metrics.write(json.dumps({"event": event, **values}) + "\n")
+
+    def timeline(self) -> list[Mapping[str, Any]]:
+        """What `timeline` makes of the events so far."""
+        self.flush()
+        return timeline(read_metrics(self.path / "metrics.jsonl"))
 
     def flush(self) -> None:
         """Hand what was written to the operating system."""
@@ -106,6 +111,34 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return events
+
+
+def timeline(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The events of the one run that made the weights: what a later attempt did again, or rolled back, is left out.
+
+    Args:
+        events: those of `read_metrics`, of all attempts
+    """
+    kept: list[Mapping[str, Any]] = []
+    current: int | None = None
+    for event in events:
+        if "step" in event and event["attempt"] != current:
+            current = event["attempt"]
+            # Where this attempt begins: behind the checkpoint that it goes on from, or with its first step.
+            last = event["step"] - (event["event"] != "resume")
+            kept = [earlier for earlier in kept if earlier.get("step", 0) <= last]
+        kept.append(event)
+    return kept
+
+
+def open_lines(path: Path) -> IO[str]:
+    """Open a file of lines to append to; a last line that a crash cut short gets its end, and stays one of its own."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+    return path.open("a")
 
 
 def write_atomically(path: Path, text: str) -> None:

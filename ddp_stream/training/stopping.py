@@ -32,6 +32,8 @@ class StopRequest:
 
     def __init__(self, run_dir: Path, max_minutes: float | None, environ: Mapping[str, str]) -> None:
         self.reason: str | None = None
+        self.asked_at: float | None = None
+        """When this rank got a signal, by `time.monotonic()`."""
         self._file = run_dir / "STOP"
         self._limits: list[tuple[float, str]] = []
         if max_minutes is not None:
@@ -55,7 +57,8 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt
-        self.reason = self.reason or signal.Signals(number).name
+        if self.reason is None:
+            self.reason, self.asked_at = signal.Signals(number).name, time.monotonic()
 
     def requested(self) -> bool:
         """Whether this rank was asked to stop by now."""

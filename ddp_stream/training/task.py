@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -47,6 +47,13 @@ class Task(ABC):
 
         Call `model(...)` itself, not its parts: that call is what lets gradients be shared between ranks.
         """
+
+    def metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """What an evaluation reports: one value per row of `batch` by name, each `[rows]`; by default the loss.
+
+        The template averages them over all rows. Runs without gradients, the model in `eval()` mode.
+        """
+        return {"loss": self.loss(model, batch)}
 
     def configure_optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
         """An optimizer of your own; None takes the one that the configuration names."""

@@ -28,6 +28,7 @@ from ddp_stream.training.config import DataConfig, TrainConfig
 from ddp_stream.training.engine import make_engine
 from ddp_stream.training.loop import Training
 from ddp_stream.training.rundir import RunDir
+from ddp_stream.training.stopping import StopRequest
 
 ROWS = 1 << 17
 FEATURES = 32
@@ -86,7 +87,8 @@ def main() -> None:
         for name, source in sources.items():
             for num_workers in (0, 1, 2):
                 data = DataConfig(source=source, global_batch_size=global_batch, num_workers=num_workers)
-                training = Training(TrainConfig(Regression(), data=data), engine, RunDir(folder / "run", rank))
+                stop = StopRequest(folder, None, {})
+                training = Training(TrainConfig(Regression(), data=data), engine, RunDir(folder / "run", rank), stop)
                 epochs = iter(range(100))
                 bare, ours = [], []
                 for _ in range(REPEATS):

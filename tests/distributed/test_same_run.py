@@ -17,7 +17,7 @@ from ddp_stream.order import BlockLayout, make_order, mix
 from ddp_stream.sources import SyntheticRegression
 from ddp_stream.tasks import Regression
 from ddp_stream.training.config import DataConfig, OptimConfig, RunConfig, TrainConfig
-from ddp_stream.training.loop import train
+from ddp_stream.training.train import train
 
 ROWS, BATCH, EPOCHS, SEED = 1000, 96, 2, 3
 STEPS = 22  # an epoch is 10 steps of 96 rows and one of 40

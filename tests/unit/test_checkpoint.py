@@ -15,10 +15,12 @@ from ddp_stream.commands import checkpoint as command
 from ddp_stream.sources import SyntheticRegression
 from ddp_stream.tasks import Regression
 from ddp_stream.training import checkpoint
-from ddp_stream.training.checkpoint import CheckpointError, find, verify
+from ddp_stream.training.checkpoint import CheckpointError
 from ddp_stream.training.config import CheckpointConfig, DataConfig, RunConfig, TrainConfig
-from ddp_stream.training.loop import Result, train
+from ddp_stream.training.loop import Result
+from ddp_stream.training.manifest import find, verify
 from ddp_stream.training.rundir import read_metrics
+from ddp_stream.training.train import train
 
 
 def run(folder: Path, *, rows: int = 200, resume: str = "auto", **settings: object) -> Result:
@@ -127,7 +129,7 @@ def test_a_write_that_fails_leaves_the_ones_before(tmp_path: Path, monkeypatch: 
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "sync_to_disk", full)
     with pytest.raises(CheckpointError, match="No space left"):
         run(tmp_path)
     monkeypatch.undo()
