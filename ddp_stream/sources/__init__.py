@@ -2,6 +2,7 @@
 
 from ddp_stream.sources.base import DataError, Source
 from ddp_stream.sources.csv import Csv
+from ddp_stream.sources.jsonl import JsonLines
 from ddp_stream.sources.memory import InMemory, SyntheticRegression, TorchDataset
 from ddp_stream.sources.npy import Npy
 from ddp_stream.sources.open import open_source
@@ -11,6 +12,7 @@ __all__ = [
     "Csv",
     "DataError",
     "InMemory",
+    "JsonLines",
     "Npy",
     "Parquet",
     "Source",

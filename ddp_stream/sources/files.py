@@ -247,7 +247,11 @@ def decode_column(
         column = column.cast(kind.value_type)
         kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return list(column.to_pylist())
+        try:
+            return list(column.to_pylist())
+        except UnicodeDecodeError as error:
+            row = first_row + next(row for row, value in enumerate(column) if not _is_utf8(value))
+            raise DataError(f"{path}: column {name!r} is no UTF-8 text in row {row} ({error})") from None
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return list(column.to_pylist())
     if pa.types.is_null(kind):
@@ -287,6 +291,14 @@ def decode_column(
         f"{path}: column {name!r} is of type {kind}, which no tensor holds; leave it out with --data.columns, or convert "
         f"it to numbers or strings"
     )
+
+
+def _is_utf8(value: pa.Scalar) -> bool:
+    try:
+        value.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _decode_lists(column: pa.ChunkedArray, name: str, path: str, first_row: int) -> NDArray[Any] | list[Any]:

@@ -9,10 +9,19 @@ from pathlib import Path
 from ddp_stream.sources.base import DataError, Source
 from ddp_stream.sources.csv import Csv
 from ddp_stream.sources.files import existing_files
+from ddp_stream.sources.jsonl import JsonLines
 from ddp_stream.sources.npy import Npy
 from ddp_stream.sources.parquet import Parquet
 
-FORMATS = {".csv": Csv, ".tsv": Csv, ".parquet": Parquet, ".pq": Parquet, ".npy": Npy}
+FORMATS = {
+    ".csv": Csv,
+    ".tsv": Csv,
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".parquet": Parquet,
+    ".pq": Parquet,
+    ".npy": Npy,
+}
 
 
 def open_source(

@@ -28,8 +28,8 @@ from ddp_stream.sources import (
     TorchDataset,
     open_source,
 )
-from ddp_stream.sources import csv as csv_module
 from ddp_stream.sources import files as files_module
+from ddp_stream.sources import text as text_module
 
 
 @pytest.fixture(autouse=True)
@@ -303,8 +303,8 @@ def test_what_is_no_npy_file_of_rows(content, message):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of three rows, found in portions of seven bytes."""
-    monkeypatch.setattr(csv_module, "BLOCK_ROWS", 3)
-    monkeypatch.setattr(csv_module, "_SCAN_BYTES", 7)
+    monkeypatch.setattr(text_module, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(text_module, "_SCAN_BYTES", 7)
 
 
 @pytest.mark.parametrize(
@@ -340,8 +340,8 @@ def test_tabs_and_other_delimiters():
 def test_csv_of_random_fields_blocks_and_portions(seed, monkeypatch):
     """Python's own csv module writes, with whatever needs quoting; Csv reads, whatever the bytes it scans at once."""
     rng = np.random.default_rng(seed)
-    monkeypatch.setattr(csv_module, "BLOCK_ROWS", int(rng.integers(1, 6)))
-    monkeypatch.setattr(csv_module, "_SCAN_BYTES", int(rng.integers(1, 40)))
+    monkeypatch.setattr(text_module, "BLOCK_ROWS", int(rng.integers(1, 6)))
+    monkeypatch.setattr(text_module, "_SCAN_BYTES", int(rng.integers(1, 40)))
     rows = int(rng.integers(1, 40))
     pieces = ["x", ",", '"', "\n", "\r\n", " ", "é", "\n\n"]
     expected = {
@@ -459,7 +459,7 @@ def test_a_missing_number_names_file_column_and_row(small_blocks):
 
 
 def test_a_word_among_numbers_names_file_column_and_row(small_blocks, monkeypatch):
-    monkeypatch.setattr(csv_module, "_SAMPLED_BLOCKS", 2)  # the first and the last, so that row 4 comes as a surprise
+    monkeypatch.setattr(text_module, "_SAMPLED_BLOCKS", 2)  # the first and the last, so that row 4 comes as a surprise
     source = Csv(write("a.csv", "a,b\n1,1\n2,2\n3,3\n\n4,4\n5,five\n6,6\n7,7\n"))
     with pytest.raises(DataError, match=r"a.csv: column 'b': row 4: .*invalid value 'five'"):
         source.take(np.arange(7))
@@ -854,7 +854,7 @@ def test_paths_that_lead_nowhere():
         ("mixed", r"mixed: found 2 files with the suffixes \['.csv', '.parquet'\]"),
         ("nothing", "nothing is a directory without a file of a known format.*notes.txt"),
         ("empty.csv", r"empty.csv is empty \(0 bytes\)"),
-        ("data.json", r"data.json: .*\['.json'\]; a dataset is files of one format out of .csv, .tsv, .parquet"),
+        ("data.json", r"data.json: .*\['.json'\]; a dataset is files of one format out of .csv, .tsv, .jsonl"),
         ([], "found 0 files"),
     ]:
         with pytest.raises(DataError, match=message):

@@ -1,0 +1,188 @@
+"""What CSV and JSON Lines share: an index of byte offsets, so that any row can be read without the ones before it.
+
+    one pass over the bytes -> where every 4,096th row begins -> a block is parsed when its rows are asked for
+
+The types of the columns are found on up to 16 blocks spread over each file, and hold for all of them. The index is
+kept in the cache where the files are large.
+"""
+
+from __future__ import annotations
+
+import mmap
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ddp_stream.sources.base import DataError, Ints
+from ddp_stream.sources.cache import Arrays, as_array, cached_arrays
+from ddp_stream.sources.files import BlockSource, check_distinct, describe, existing_files, schema_difference
+
+BLOCK_ROWS = 4096
+_SCAN_BYTES = 4 << 20
+_SAMPLED_BLOCKS = 16
+_NEWLINE, _QUOTE = b'\n"'
+_LONGEST_BLANK = 80
+Bytes = bytes | mmap.mmap
+
+
+class TextSource(BlockSource):
+    """Rows of one text file, or of several laid end to end, one row a line. Blank lines are no rows.
+
+    Args of a subclass's `__init__` to pass on:
+        paths: the files, in order
+        options: what else decides how they are read
+        fill_null: what stands in for a null in a numeric column; None makes a null an error
+    """
+
+    quoted: ClassVar[bool]
+    """A line end between double quotes ends no row."""
+    header: ClassVar[bool]
+    """The first line names the columns."""
+    blank: ClassVar[bytes]
+    """Lines of nothing else are blank."""
+
+    def __init__(self, paths: str | Sequence[str], options: Sequence[Any], fill_null: float | None) -> None:
+        files = existing_files(paths)
+        parts = (type(self).__name__, BLOCK_ROWS, *options)
+        index = cached_arrays(files, parts, f"the index of {describe(files)}", lambda: self._index(files))
+        self._byte_ranges = index["byte_ranges"]
+        schema = pa.ipc.read_schema(pa.py_buffer(index["schema"].tobytes()))
+        self._all_names = tuple(schema.names)
+        super().__init__(files, index["offsets"], index["block_file"], schema, fill_null)
+
+    @abstractmethod
+    def _names(self, path: str, first_line: bytes) -> tuple[str, ...]:
+        """The columns that the header names."""
+
+    @abstractmethod
+    def _parse(
+        self, data: bytes, path: str, names: tuple[str, ...], schema: pa.Schema | None, first_row: int
+    ) -> pa.Table:
+        """The rows in `data`, with the columns of `schema`; None finds the types.
+
+        Raises:
+            DataError: with the row counted from `first_row`.
+        """
+
+    @abstractmethod
+    def _common(self, left: pa.Schema, right: pa.Schema, *, one_file: bool) -> pa.Schema | None:
+        """The schema that holds the values of both, from blocks of one file or of two; None if there is none."""
+
+    def _open(self, path: str) -> Any:
+        return map_file(path)
+
+    def _read_block(self, handle: Any, block: int) -> pa.Table:
+        start, end = self._byte_ranges[block].tolist()
+        path = self.paths[self._block_file[block]]
+        return self._parse(handle[start:end], path, self._all_names, self._schema, self._row_in_file(block))
+
+    def _index(self, files: list[str]) -> Arrays:
+        """Byte ranges `[blocks, 2]` and the file of every block, the rows before it, and the common schema."""
+        sizes: list[Ints] = []
+        block_file: list[Ints] = []
+        byte_ranges: list[NDArray[np.int64]] = []
+        schema: pa.Schema | None = None
+        for index, path in enumerate(files):
+            data = map_file(path)
+            starts, rows, first_line = self._scan(data, path)
+            names = self._names(path, first_line) if self.header else ()
+            check_distinct(path, names)
+            found = self._infer(path, data, starts, names)
+            common = found if schema is None else self._common(schema, found, one_file=False)
+            if common is None:
+                assert schema is not None
+                raise DataError(schema_difference(path, found, files[0], schema))
+            schema = common
+            sizes.append(rows)
+            block_file.append(np.full(len(rows), index))
+            byte_ranges.append(np.stack([starts[:-1], starts[1:]], axis=1))
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+        if offsets[-1] == 0:
+            raise DataError(
+                f"{describe(files)} has {'a header but no rows' if self.header else 'blank lines only'}: there is nothing "
+                f"to train on"
+            )
+        assert schema is not None
+        return {
+            "offsets": offsets.astype(np.int64),
+            "block_file": np.concatenate(block_file).astype(np.int64),
+            "byte_ranges": np.concatenate(byte_ranges).astype(np.int64),
+            "schema": as_array(schema.serialize().to_pybytes()),
+        }
+
+    def _scan(self, data: mmap.mmap, path: str) -> tuple[Ints, Ints, bytes]:
+        """Byte offsets where blocks begin `[blocks + 1]`, rows in each `[blocks]`, and the first line if a header."""
+        starts: list[int] = []
+        rows: list[int] = []
+        first_line: bytes | None = None
+        in_block = BLOCK_ROWS
+        for line_starts, line_ends in self._lines(data, path):
+            if self.header and first_line is None and len(line_starts):
+                first_line = bytes(data[line_starts[0] : line_ends[0]])
+                line_starts = line_starts[1:]
+            while len(line_starts):
+                if in_block == BLOCK_ROWS:
+                    starts.append(int(line_starts[0]))
+                    rows.append(0)
+                    in_block = 0
+                count = min(BLOCK_ROWS - in_block, len(line_starts))
+                rows[-1] += count
+                in_block += count
+                line_starts = line_starts[count:]
+        if self.header and first_line is None:
+            raise DataError(f"{path} has blank lines only: there is nothing to train on")
+        return np.array([*starts, len(data)], np.int64), np.array(rows, np.int64), first_line or b""
+
+    def _lines(self, data: Bytes, path: str) -> Iterator[tuple[Ints, Ints]]:
+        """Where the lines of `data` that are not blank begin and end (behind their line end), a portion at a time."""
+        line_start = 3 if data[:3] == b"\xef\xbb\xbf" else 0
+        quotes = 0
+        for begin in range(line_start, len(data), _SCAN_BYTES):
+            chunk = np.frombuffer(data, np.uint8, min(_SCAN_BYTES, len(data) - begin), begin)
+            ends = np.flatnonzero(chunk == _NEWLINE)
+            quote_at = np.flatnonzero(chunk == _QUOTE) if self.quoted else ends[:0]
+            if quotes or len(quote_at):
+                ends = ends[(quotes + np.searchsorted(quote_at, ends)) % 2 == 0]
+                quotes = (quotes + len(quote_at)) % 2
+            del chunk
+            line_ends = ends + begin + 1
+            if begin + _SCAN_BYTES >= len(data) and (len(line_ends) == 0 or line_ends[-1] != len(data)):
+                line_ends = np.append(line_ends, len(data))  # the last line may lack its line end
+            if len(line_ends) == 0:
+                continue
+            line_starts = np.concatenate([[line_start], line_ends[:-1]])
+            line_start = int(line_ends[-1])
+            full = ~self._blank(data, line_starts, line_ends)
+            yield line_starts[full], line_ends[full]
+        if quotes:
+            raise DataError(f"{path}: a quoted field is never closed, so the rows after it cannot be told apart")
+
+    def _blank(self, data: Bytes, starts: Ints, ends: Ints) -> NDArray[np.bool_]:
+        blank = np.zeros(len(starts), np.bool_)
+        longest = 2 if self.blank == b"\r\n" else _LONGEST_BLANK
+        for index in np.flatnonzero(ends - starts <= longest).tolist():
+            blank[index] = not data[starts[index] : ends[index]].strip(self.blank)
+        return blank
+
+    def _infer(self, path: str, data: mmap.mmap, starts: Ints, names: tuple[str, ...]) -> pa.Schema:
+        """The types that hold on blocks spread over the file."""
+        schema = pa.schema([(name, pa.null()) for name in names])
+        if len(starts) == 1:
+            return schema
+        for block in np.unique(np.linspace(0, len(starts) - 2, _SAMPLED_BLOCKS).astype(np.int64)).tolist():
+            found = self._parse(data[starts[block] : starts[block + 1]], path, names, None, block * BLOCK_ROWS).schema
+            common = self._common(schema, found, one_file=True)
+            if common is None:
+                raise DataError(schema_difference(f"{path} from row {block * BLOCK_ROWS} on", found, path, schema))
+            schema = common
+        return schema
+
+
+def map_file(path: str) -> mmap.mmap:
+    """The bytes of a file that is not empty."""
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
