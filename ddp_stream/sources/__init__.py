@@ -1,5 +1,6 @@
 """Where rows live, one file a format."""
 
+from ddp_stream.sources.arrow import Arrow, HFDataset
 from ddp_stream.sources.base import DataError, Source
 from ddp_stream.sources.csv import Csv
 from ddp_stream.sources.jsonl import JsonLines
@@ -9,8 +10,10 @@ from ddp_stream.sources.open import open_source
 from ddp_stream.sources.parquet import Parquet
 
 __all__ = [
+    "Arrow",
     "Csv",
     "DataError",
+    "HFDataset",
     "InMemory",
     "JsonLines",
     "Npy",

@@ -229,8 +229,9 @@ def decode_column(
 ) -> NDArray[Any] | list[Any]:
     """An Arrow column as an array (numbers, booleans, lists of one length) or a list (strings, bytes, other lists).
 
-    Timestamps, dates, times and durations become whole numbers in the unit of the file, decimals float64. A null
-    among strings, bytes or lists of them is None.
+    Timestamps, dates, times and durations become whole numbers in the unit of the file, decimals float64, lists of
+    lists of one length arrays of more dimensions, and a pair of `bytes` and `path`, as Hugging Face keeps an image,
+    its bytes. A null among strings, bytes or lists of them is None.
 
     Args:
         column: the values of one block
@@ -243,8 +244,14 @@ def decode_column(
         DataError: a null number with no `fill_null`, or a type that no tensor can hold.
     """
     kind = column.type
+    if isinstance(kind, pa.BaseExtensionType):
+        column = pa.chunked_array([chunk.storage for chunk in column.chunks], kind.storage_type)
+        kind = column.type
     if pa.types.is_dictionary(kind):
         column = column.cast(kind.value_type)
+        kind = column.type
+    if pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
+        column = pc.struct_field(column, "bytes")
         kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         try:
@@ -303,14 +310,29 @@ def _is_utf8(value: pa.Scalar) -> bool:
 
 def _decode_lists(column: pa.ChunkedArray, name: str, path: str, first_row: int) -> NDArray[Any] | list[Any]:
     array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # no chunk, or too much for one
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    values = _list_values(array, name, path, first_row)
+    return list(array.to_pylist()) if values is None else values
+
+
+def _list_values(array: pa.Array, name: str, path: str, first_row: int) -> NDArray[Any] | list[Any] | None:
+    """The lists as one array, if they are of one length, or as a list of arrays; None if they must be Python lists."""
     flat = array.flatten()
-    value_type = flat.type
-    if not (pa.types.is_integer(value_type) or pa.types.is_floating(value_type) or pa.types.is_boolean(value_type)):
-        return list(array.to_pylist())
-    if flat.null_count:
-        raise DataError(f"{path}: column {name!r} has null inside a list, in the rows from row {first_row}")
-    values = flat.to_numpy(zero_copy_only=False)
+    kind = flat.type
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)) and len(flat):
+        values = None if flat.null_count else _list_values(flat, name, path, first_row)
+        if not isinstance(values, np.ndarray):
+            return None
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        if flat.null_count:
+            raise DataError(f"{path}: column {name!r} has null inside a list, in the rows from row {first_row}")
+        values = flat.to_numpy(zero_copy_only=False)
+    else:
+        return None
     lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
     if len(lengths) and (lengths == lengths[0]).all():
-        return np.ascontiguousarray(values.reshape(len(lengths), int(lengths[0])))
+        return np.ascontiguousarray(values.reshape(len(lengths), int(lengths[0]), *values.shape[1:]))
+    if values.ndim > 1:
+        return None
     return np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []

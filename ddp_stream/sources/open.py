@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ddp_stream.sources.arrow import Arrow
 from ddp_stream.sources.base import DataError, Source
 from ddp_stream.sources.csv import Csv
 from ddp_stream.sources.files import existing_files
@@ -20,6 +22,8 @@ FORMATS = {
     ".ndjson": JsonLines,
     ".parquet": Parquet,
     ".pq": Parquet,
+    ".arrow": Arrow,
+    ".feather": Arrow,
     ".npy": Npy,
 }
 
@@ -58,6 +62,14 @@ def open_source(
 
 def _expand(path: str) -> list[str]:
     if Path(path).is_dir():
+        if (Path(path) / "state.json").is_file():  # saved by datasets.Dataset.save_to_disk
+            state = json.loads((Path(path) / "state.json").read_text())
+            return [str(Path(path) / Path(file["filename"]).name) for file in state["_data_files"]]
+        if (Path(path) / "dataset_dict.json").is_file():
+            splits = sorted(entry.name for entry in Path(path).iterdir() if entry.is_dir())
+            raise DataError(
+                f"{path} holds the splits {', '.join(splits)} of a dataset: name one, as in {path}/{splits[0]}"
+            )
         inside = sorted(entry for entry in Path(path).iterdir() if entry.is_file() and entry.name[0] not in "._")
         found = [str(entry) for entry in inside if entry.suffix.lower() in FORMATS]
         if not found:
