@@ -2,6 +2,7 @@
 
 from ddp_stream.sources.arrow import Arrow, HFDataset
 from ddp_stream.sources.base import DataError, Source
+from ddp_stream.sources.compressed import CompressedText
 from ddp_stream.sources.csv import Csv
 from ddp_stream.sources.jsonl import JsonLines
 from ddp_stream.sources.memory import InMemory, SyntheticRegression, TorchDataset
@@ -11,6 +12,7 @@ from ddp_stream.sources.parquet import Parquet
 
 __all__ = [
     "Arrow",
+    "CompressedText",
     "Csv",
     "DataError",
     "HFDataset",

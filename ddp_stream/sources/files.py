@@ -106,6 +106,20 @@ class BlockSource(Source):
     def blocks(self) -> Ints:
         return self._offsets
 
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns and their types in Arrow."""
+        return self._schema
+
+    @property
+    def block_file(self) -> Ints:
+        """Which of `paths` each block is in, `[blocks]`."""
+        return self._block_file
+
+    def read_table(self, block: int) -> pa.Table:
+        """The rows of `block` as they are in the file, nulls and all."""
+        return self._read_block(self._handle(int(self._block_file[block])), block)
+
     def select(self, columns: Sequence[str]) -> Source:
         check_columns(columns, self.columns, str(self))
         other = type(self).__new__(type(self))

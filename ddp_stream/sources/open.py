@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ddp_stream.sources.arrow import Arrow
 from ddp_stream.sources.base import DataError, Source
+from ddp_stream.sources.compressed import CODECS, TEXTS, CompressedText
 from ddp_stream.sources.csv import Csv
 from ddp_stream.sources.files import existing_files
 from ddp_stream.sources.jsonl import JsonLines
@@ -25,6 +26,7 @@ FORMATS = {
     ".arrow": Arrow,
     ".feather": Arrow,
     ".npy": Npy,
+    **{text + codec: CompressedText for text in TEXTS for codec in CODECS},
 }
 
 
@@ -48,7 +50,7 @@ def open_source(
     """
     parts = [path] if isinstance(path, (str, Path)) else list(path)
     files = [file for part in parts for file in _expand(str(part))]
-    suffixes = sorted({Path(file).suffix.lower() for file in files})
+    suffixes = sorted({_suffix(file) for file in files})
     if len(suffixes) != 1 or suffixes[0] not in FORMATS:
         raise DataError(
             f"{path}: found {len(files)} files with the suffixes {suffixes}; a dataset is files of one format out of "
@@ -58,6 +60,13 @@ def open_source(
     existing_files(files)
     source: Source = Npy(files) if format_ is Npy else format_(files, fill_null=fill_null)
     return source.select(columns) if columns is not None else source
+
+
+def _suffix(path: str | Path) -> str:
+    """`.csv`, or `.csv.gz` where it is compressed."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + suffix if suffix in CODECS else suffix
 
 
 def _expand(path: str) -> list[str]:
@@ -71,7 +80,7 @@ def _expand(path: str) -> list[str]:
                 f"{path} holds the splits {', '.join(splits)} of a dataset: name one, as in {path}/{splits[0]}"
             )
         inside = sorted(entry for entry in Path(path).iterdir() if entry.is_file() and entry.name[0] not in "._")
-        found = [str(entry) for entry in inside if entry.suffix.lower() in FORMATS]
+        found = [str(entry) for entry in inside if _suffix(entry) in FORMATS]
         if not found:
             seen = ", ".join(entry.name for entry in inside[:5]) or "no files"
             raise DataError(f"{path} is a directory without a file of a known format ({', '.join(FORMATS)}): {seen}")

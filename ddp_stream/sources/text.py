@@ -44,11 +44,16 @@ class TextSource(BlockSource):
     """The first line names the columns."""
     blank: ClassVar[bytes]
     """Lines of nothing else are blank."""
+    keep_index: ClassVar[bool] = True
+    """Keep the index in the cache."""
 
     def __init__(self, paths: str | Sequence[str], options: Sequence[Any], fill_null: float | None) -> None:
         files = existing_files(paths)
-        parts = (type(self).__name__, BLOCK_ROWS, *options)
-        index = cached_arrays(files, parts, f"the index of {describe(files)}", lambda: self._index(files))
+        if self.keep_index:
+            parts = (type(self).__name__, BLOCK_ROWS, *options)
+            index = cached_arrays(files, parts, f"the index of {describe(files)}", lambda: self._index(files))
+        else:
+            index = self._index(files)
         self._byte_ranges = index["byte_ranges"]
         schema = pa.ipc.read_schema(pa.py_buffer(index["schema"].tobytes()))
         self._all_names = tuple(schema.names)
