@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ddp_stream.batch import as_tensor, pin
 from ddp_stream.order import BlockLayout, Order, Shuffle, make_order
-from ddp_stream.partition import GlobalBatchPlan, shard_bounds, spans
+from ddp_stream.partition import GlobalBatchPlan, shard_bounds, span_starts
 from ddp_stream.sources.base import Column, Columns, DataError, Ints, Source, check_taken
 from ddp_stream.topology import Topology
 
@@ -210,11 +210,15 @@ class SpanReader(IterableDataset[Any]):
         """The spans that `worker` of `num_workers` reads from `offset` on."""
         order = self.order(epoch)
         steps = self.plan.steps(offset)
-        for first, count in spans(steps, self.span_steps, worker, num_workers):
+        for first in span_starts(steps, self.span_steps, worker, num_workers):
             start = offset + first * self.plan.stride
-            positions, _ = self.plan.positions(start, count, *self.slots)
-            rows = order.rows(positions)
-            yield Span(epoch, start, count, self.read(rows), torch.from_numpy(rows))
+            yield self.span(order, epoch, start, min(self.span_steps, steps - first))
+
+    def span(self, order: Order, epoch: int, offset: int, steps: int) -> Span:
+        """This rank's slots in `steps` steps from `offset` on."""
+        positions, _ = self.plan.positions(offset, steps, *self.slots)
+        rows = order.rows(positions)
+        return Span(epoch, offset, steps, self.read(rows), torch.from_numpy(rows))
 
 
 def start_worker(_: int) -> None:

@@ -26,6 +26,7 @@ from ddp_stream.topology import Topology
 MESSAGE_BYTES = 4 << 20
 """Bytes that a worker gathers before it sends them on."""
 _MOST_STEPS = 256
+_PREFETCH_FACTOR = 2  # torch's own
 
 
 class StreamLoader:
@@ -105,6 +106,7 @@ class StreamLoader:
             transform=transform,
         )
         self.num_workers = num_workers
+        self.messages_ahead = num_workers * (prefetch_factor or _PREFETCH_FACTOR)
         pin = torch.accelerator.is_available() if pin_memory is None else pin_memory
         self._options: dict[str, Any] = {
             "num_workers": num_workers,
@@ -128,6 +130,11 @@ class StreamLoader:
         self._loaded = False  # a state was loaded: the next iteration starts at its offset
         self._finished = False  # all of this epoch was taken: the next iteration starts the one after
         self._ones = torch.ones(self.slots[1] - self.slots[0])
+
+    @property
+    def reader(self) -> SpanReader:
+        """What runs in the workers."""
+        return self._reader
 
     @property
     def shuffle(self) -> Shuffle:

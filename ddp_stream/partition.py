@@ -7,7 +7,6 @@ Nothing here knows a file, a process or a shuffle; nothing here loops over rows,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,18 +46,17 @@ def shard_of(total: int, points: NDArray[np.int64], count: int) -> NDArray[np.in
     return np.where(points < boundary, points // (size + 1), extra + (points - boundary) // max(1, size))
 
 
-def spans(steps: int, span_steps: int, worker: int, num_workers: int) -> Iterator[tuple[int, int]]:
-    """The spans of `steps` steps that `worker` prepares, every `num_workers`-th: first step and number of steps.
+def span_starts(steps: int, span_steps: int, worker: int, num_workers: int) -> range:
+    """The first steps of the spans that `worker` prepares: of `steps` steps, cut into spans, every `num_workers`-th.
 
-    >>> [list(spans(steps=10, span_steps=3, worker=worker, num_workers=2)) for worker in (0, 1)]
-    [[(0, 3), (6, 3)], [(3, 3), (9, 1)]]
+    >>> [list(span_starts(steps=10, span_steps=3, worker=worker, num_workers=2)) for worker in (0, 1)]
+    [[0, 6], [3, 9]]
     """
-    for first in range(worker * span_steps, steps, num_workers * span_steps):
-        yield first, min(span_steps, steps - first)
+    return range(worker * span_steps, steps, num_workers * span_steps)
 
 
 def span_worker(step: NDArray[np.int64], span_steps: int, num_workers: int) -> NDArray[np.int64]:
-    """The inverse of `spans`: which worker prepares each `step [n]`, counted from where the iteration began."""
+    """The inverse of `span_starts`: which worker prepares each `step [n]`, counted from where the iteration began."""
     return step // span_steps % num_workers
 
 
