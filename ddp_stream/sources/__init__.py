@@ -6,7 +6,7 @@ from ddp_stream.sources.compressed import CompressedText
 from ddp_stream.sources.csv import Csv
 from ddp_stream.sources.jsonl import JsonLines
 from ddp_stream.sources.memory import InMemory, SyntheticRegression, TorchDataset
-from ddp_stream.sources.npy import Npy
+from ddp_stream.sources.npy import Npy, Npz
 from ddp_stream.sources.open import open_source
 from ddp_stream.sources.parquet import Parquet
 
@@ -19,6 +19,7 @@ __all__ = [
     "InMemory",
     "JsonLines",
     "Npy",
+    "Npz",
     "Parquet",
     "Source",
     "SyntheticRegression",

@@ -13,7 +13,7 @@ from ddp_stream.sources.compressed import CODECS, TEXTS, CompressedText
 from ddp_stream.sources.csv import Csv
 from ddp_stream.sources.files import existing_files
 from ddp_stream.sources.jsonl import JsonLines
-from ddp_stream.sources.npy import Npy
+from ddp_stream.sources.npy import Npy, Npz
 from ddp_stream.sources.parquet import Parquet
 
 FORMATS = {
@@ -26,6 +26,7 @@ FORMATS = {
     ".arrow": Arrow,
     ".feather": Arrow,
     ".npy": Npy,
+    ".npz": Npz,
     **{text + codec: CompressedText for text in TEXTS for codec in CODECS},
 }
 
@@ -58,6 +59,8 @@ def open_source(
         )
     format_ = FORMATS[suffixes[0]]
     existing_files(files)
+    if format_ is Npz:  # arrays of other lengths may lie beside the columns
+        return Npz(files, columns)
     source: Source = Npy(files) if format_ is Npy else format_(files, fill_null=fill_null)
     return source.select(columns) if columns is not None else source
 

@@ -257,13 +257,125 @@ def test_npy_files_are_laid_end_to_end():
 
 
 def test_npy_files_that_differ_are_both_named():
-    np.save("a.npy", np.zeros((2, 3), np.float32))
-    np.save("b.npy", np.zeros((2, 4), np.float32))
-    np.save("c.npy", np.zeros((2, 3), np.int64))
-    with pytest.raises(DataError, match=r"b.npy holds float32 rows of shape \(4,\), but a.npy .* \(3,\)"):
-        Npy(["a.npy", "b.npy"])
-    with pytest.raises(DataError, match=r"c.npy holds int64 .* a.npy holds float32"):
-        Npy(["a.npy", "c.npy"])
+    np.save("a-0.npy", np.zeros((2, 3), np.float32))
+    np.save("a-1.npy", np.zeros((2, 4), np.float32))
+    np.save("a-2.npy", np.zeros((2, 3), np.int64))
+    with pytest.raises(DataError, match=r"a-1.npy holds float32 rows of shape \(4,\), but a-0.npy .* \(3,\)"):
+        Npy(["a-0.npy", "a-1.npy"])
+    with pytest.raises(DataError, match=r"a-2.npy holds int64 .* a-0.npy holds float32"):
+        Npy(["a-0.npy", "a-2.npy"])
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (["x"], {"features": 1}),
+        (["features", "label"], {"features": 1, "label": 1}),
+        (["0", "1", "2"], {"features": 3}),
+        (["part-0", "part-1"], {"features": 2}),
+        (["train_000-of-002", "train_001-of-002"], {"features": 2}),
+        (["features0", "features1", "label0", "label1"], {"features": 2, "label": 2}),
+        (["a.0", "b.0", "a.1", "b.1"], {"a": 2, "b": 2}),
+    ],
+)
+def test_npy_files_lie_end_to_end_or_side_by_side_by_their_names(names, columns):
+    rng = np.random.default_rng(0)
+    lengths = [4, 1, 7]
+    expected = {column: rng.integers(0, 100, (sum(lengths[:parts]), 2)) for column, parts in columns.items()}
+    left = {
+        column: [*np.split(values, np.cumsum(lengths[: columns[column]])[:-1])] for column, values in expected.items()
+    }
+    Path("data").mkdir()
+    for name in sorted(names):
+        column = next((column for column in columns if name.startswith(column)), "features")
+        np.save(f"data/{name}.npy", left[column].pop(0))
+    source = open_source("data")
+    expected = {column: values.tolist() for column, values in expected.items()}
+    read_in_any_order(source, expected)
+    last = list(columns)[-1]
+    assert read(source.select([last]), [2, 0]) == {last: [expected[last][2], expected[last][0]]}
+    copy = pickle.loads(pickle.dumps(source.select([last])))
+    assert (copy.columns, copy.fingerprint()) == ((last,), source.fingerprint())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ({"features": 5, "label": 4}, r"different lengths: \{'features': 5, 'label': 4\}.*--data.columns"),
+        ({"a-0": 2, "a-1": 2, "b-1": 2, "b-2": 2}, r"column 'b' are numbered \[1, 2\], and those of 'a' \[0, 1\]"),
+        ({"a-1": 2, "a-10": 2, "b-01": 2, "b-10": 2, "b-2": 2}, r"column 'b' are numbered"),
+        ({"0": 2, "label": 2}, r"a name each"),
+    ],
+)
+def test_npy_files_that_do_not_fit_together(lengths, message):
+    for name, rows in lengths.items():
+        np.save(f"{name}.npy", np.arange(rows))
+    with pytest.raises(DataError, match=message):
+        open_source("*.npy")
+
+
+def test_an_empty_npy_file_among_many():
+    for index, values in enumerate([[0, 1], [], [2], []]):
+        np.save(f"{index}.npy", np.array(values, np.int64))
+    read_in_any_order(open_source("*.npy"), {"features": [0, 1, 2]})
+
+
+# --- Npz ---
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_arrays_are_columns(save, tmp_path, monkeypatch):
+    monkeypatch.setenv("DDP_STREAM_CACHE", str(tmp_path / "cache"))
+    expected = {
+        "x": [[i, -i] for i in range(5)],
+        "y": [0.5, 1.5, 2.5, 3.5, 4.5],
+        "f": [[[i] * 3] * 2 for i in range(5)],
+    }
+    fortran = np.asfortranarray(np.array(expected["f"], np.int16))
+    for index, part in enumerate([slice(0, 2), slice(2, 2), slice(2, 5)]):
+        save(f"{index}.npz", x=np.array(expected["x"])[part], y=np.array(expected["y"])[part], f=fortran[part])
+    source = open_source("*.npz")
+    read_in_any_order(source, expected)
+    assert read(pickle.loads(pickle.dumps(source.select(["y"]))), [4, 0]) == {"y": [4.5, 0.5]}
+    arrays = source._parts()["x"]
+    assert all(array.base is not None for array in arrays if len(array))  # mapped, not read
+    assert (tmp_path / "cache").exists() == (save is np.savez_compressed)
+
+
+def test_a_damaged_copy_of_an_npz_archive_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDP_STREAM_CACHE", str(tmp_path / "cache"))
+    np.savez_compressed("a.npz", x=np.arange(100))
+    open_source("a.npz")
+    (copy,) = (tmp_path / "cache").glob("*.npz")
+    content = bytearray(copy.read_bytes())
+    content[500] ^= 1
+    copy.write_bytes(bytes(content))
+    assert read(open_source("a.npz")) == {"x": list(range(100))}
+
+
+def test_npz_arrays_of_other_lengths_are_left_out_by_choosing_columns():
+    np.savez("a.npz", x=np.arange(5), names=np.array(["a", "b"]), seed=np.array(7))
+    with pytest.raises(DataError, match=r"a.npz: array 'seed' has no rows: its shape is \(\)"):
+        open_source("a.npz")
+    with pytest.raises(DataError, match=r"a.npz has columns of different lengths: \{'x': 5, 'names': 2\}"):
+        open_source("a.npz", columns=["x", "names"])
+    assert read(open_source("a.npz", columns=["x"])) == {"x": [0, 1, 2, 3, 4]}
+
+
+def test_what_is_no_npz_archive():
+    np.savez("a.npz", x=np.arange(5))
+    for name, content, message in [
+        ("b.npz", b"no zip", "b.npz is no .npz archive"),
+        ("c.npz", Path("a.npz").read_bytes()[:100], "c.npz is no .npz archive"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            open_source(write(name, content))
+    np.savez("d.npz", x=np.array([None, "x"], object))
+    with pytest.raises(DataError, match=r"d.npz: x.npy is no array of fixed-size values \(it holds Python objects\)"):
+        open_source("d.npz")
+    np.savez("e.npz", y=np.arange(5))
+    with pytest.raises(DataError, match=r"e.npz holds the arrays \['y'\], and a.npz holds \['x'\]"):
+        open_source(["a.npz", "e.npz"])
 
 
 def zip_archive():
