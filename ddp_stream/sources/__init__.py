@@ -9,6 +9,7 @@ from ddp_stream.sources.memory import InMemory, SyntheticRegression, TorchDatase
 from ddp_stream.sources.npy import Npy, Npz
 from ddp_stream.sources.open import open_source
 from ddp_stream.sources.parquet import Parquet
+from ddp_stream.sources.tokens import Tokens
 
 __all__ = [
     "Arrow",
@@ -23,6 +24,7 @@ __all__ = [
     "Parquet",
     "Source",
     "SyntheticRegression",
+    "Tokens",
     "TorchDataset",
     "open_source",
 ]

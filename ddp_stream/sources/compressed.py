@@ -25,11 +25,10 @@ from ddp_stream.sources.arrow import BatchSource
 from ddp_stream.sources.base import DataError
 from ddp_stream.sources.cache import Arrays, Damaged
 from ddp_stream.sources.csv import Csv
-from ddp_stream.sources.files import describe, existing_files
+from ddp_stream.sources.files import CODECS, describe, existing_files
 from ddp_stream.sources.jsonl import JsonLines
 from ddp_stream.sources.text import TextSource
 
-CODECS = {".gz": "gzip", ".zst": "zstd"}
 _COPY_BYTES = 1 << 20
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from abc import abstractmethod
@@ -20,6 +21,8 @@ from ddp_stream.sources.base import Columns, DataError, Ints, Source, check_colu
 CACHE_BYTES = 64 << 20
 """Decoded blocks that a process keeps beyond the ones that its current rows need."""
 
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+"""Suffixes of compressed text, and the names of their codecs in Arrow."""
 _IDENTITY_BYTES = 64 << 10
 
 Block = dict[str, "NDArray[Any] | list[Any]"]
@@ -36,6 +39,34 @@ def existing_files(paths: str | Sequence[str]) -> list[str]:
     if not files:
         raise DataError("no file was named")
     return files
+
+
+def suffix_of(path: str | Path) -> str:
+    """`.csv`, or `.csv.gz` where it is compressed."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + suffix if suffix in CODECS else suffix
+
+
+def expand(path: str, suffixes: Sequence[str]) -> list[str]:
+    """The files that `path` stands for: itself, those of a directory that have one of `suffixes`, or those of a glob.
+
+    Raises:
+        DataError: there is none.
+    """
+    if Path(path).is_dir():
+        inside = sorted(entry for entry in Path(path).iterdir() if entry.is_file() and entry.name[0] not in "._")
+        found = [str(entry) for entry in inside if suffix_of(entry) in suffixes]
+        if not found:
+            seen = ", ".join(entry.name for entry in inside[:5]) or "no files"
+            raise DataError(f"{path} is a directory without a file of a known format ({', '.join(suffixes)}): {seen}")
+        return found
+    if not Path(path).exists() and glob.has_magic(path):
+        found = sorted(name for name in glob.glob(path, recursive=True) if Path(name).name[0] not in "._")
+        if not found:
+            raise DataError(f"{path} matches no file")
+        return found
+    return [path]
 
 
 def describe(paths: Sequence[str]) -> str:

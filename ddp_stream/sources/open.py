@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from ddp_stream.sources.arrow import Arrow
 from ddp_stream.sources.base import DataError, Source
-from ddp_stream.sources.compressed import CODECS, TEXTS, CompressedText
+from ddp_stream.sources.compressed import TEXTS, CompressedText
 from ddp_stream.sources.csv import Csv
-from ddp_stream.sources.files import existing_files
+from ddp_stream.sources.files import CODECS, existing_files, expand, suffix_of
 from ddp_stream.sources.jsonl import JsonLines
 from ddp_stream.sources.npy import Npy, Npz
 from ddp_stream.sources.parquet import Parquet
@@ -50,8 +49,8 @@ def open_source(
         DataError: nothing there, an unknown or a mixed format, an empty file, differing schemas, an unknown column.
     """
     parts = [path] if isinstance(path, (str, Path)) else list(path)
-    files = [file for part in parts for file in _expand(str(part))]
-    suffixes = sorted({_suffix(file) for file in files})
+    files = [file for part in parts for file in _saved(str(part)) or expand(str(part), tuple(FORMATS))]
+    suffixes = sorted({suffix_of(file) for file in files})
     if len(suffixes) != 1 or suffixes[0] not in FORMATS:
         raise DataError(
             f"{path}: found {len(files)} files with the suffixes {suffixes}; a dataset is files of one format out of "
@@ -65,32 +64,12 @@ def open_source(
     return source.select(columns) if columns is not None else source
 
 
-def _suffix(path: str | Path) -> str:
-    """`.csv`, or `.csv.gz` where it is compressed."""
-    path = Path(path)
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() + suffix if suffix in CODECS else suffix
-
-
-def _expand(path: str) -> list[str]:
-    if Path(path).is_dir():
-        if (Path(path) / "state.json").is_file():  # saved by datasets.Dataset.save_to_disk
-            state = json.loads((Path(path) / "state.json").read_text())
-            return [str(Path(path) / Path(file["filename"]).name) for file in state["_data_files"]]
-        if (Path(path) / "dataset_dict.json").is_file():
-            splits = sorted(entry.name for entry in Path(path).iterdir() if entry.is_dir())
-            raise DataError(
-                f"{path} holds the splits {', '.join(splits)} of a dataset: name one, as in {path}/{splits[0]}"
-            )
-        inside = sorted(entry for entry in Path(path).iterdir() if entry.is_file() and entry.name[0] not in "._")
-        found = [str(entry) for entry in inside if _suffix(entry) in FORMATS]
-        if not found:
-            seen = ", ".join(entry.name for entry in inside[:5]) or "no files"
-            raise DataError(f"{path} is a directory without a file of a known format ({', '.join(FORMATS)}): {seen}")
-        return found
-    if not Path(path).exists() and glob.has_magic(path):
-        found = sorted(name for name in glob.glob(path, recursive=True) if Path(name).name[0] not in "._")
-        if not found:
-            raise DataError(f"{path} matches no file")
-        return found
-    return [path]
+def _saved(path: str) -> list[str]:
+    """The files of a directory that `datasets.Dataset.save_to_disk` wrote; none if it is no such directory."""
+    if (Path(path) / "state.json").is_file():
+        state = json.loads((Path(path) / "state.json").read_text())
+        return [str(Path(path) / Path(file["filename"]).name) for file in state["_data_files"]]
+    if (Path(path) / "dataset_dict.json").is_file():
+        splits = sorted(entry.name for entry in Path(path).iterdir() if entry.is_dir())
+        raise DataError(f"{path} holds the splits {', '.join(splits)} of a dataset: name one, as in {path}/{splits[0]}")
+    return []
