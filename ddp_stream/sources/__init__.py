@@ -4,11 +4,13 @@ from ddp_stream.sources.arrow import Arrow, HFDataset
 from ddp_stream.sources.base import DataError, Source
 from ddp_stream.sources.compressed import CompressedText
 from ddp_stream.sources.csv import Csv
+from ddp_stream.sources.images import ImageFolder
 from ddp_stream.sources.jsonl import JsonLines
 from ddp_stream.sources.memory import InMemory, SyntheticRegression, TorchDataset
 from ddp_stream.sources.npy import Npy, Npz
 from ddp_stream.sources.open import open_source
 from ddp_stream.sources.parquet import Parquet
+from ddp_stream.sources.tar import WebDataset
 from ddp_stream.sources.tokens import Tokens
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "Csv",
     "DataError",
     "HFDataset",
+    "ImageFolder",
     "InMemory",
     "JsonLines",
     "Npy",
@@ -26,5 +29,6 @@ __all__ = [
     "SyntheticRegression",
     "Tokens",
     "TorchDataset",
+    "WebDataset",
     "open_source",
 ]

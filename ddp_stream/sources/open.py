@@ -11,9 +11,11 @@ from ddp_stream.sources.base import DataError, Source
 from ddp_stream.sources.compressed import TEXTS, CompressedText
 from ddp_stream.sources.csv import Csv
 from ddp_stream.sources.files import CODECS, existing_files, expand, suffix_of
+from ddp_stream.sources.images import ImageFolder, has_images
 from ddp_stream.sources.jsonl import JsonLines
 from ddp_stream.sources.npy import Npy, Npz
 from ddp_stream.sources.parquet import Parquet
+from ddp_stream.sources.tar import WebDataset
 
 FORMATS = {
     ".csv": Csv,
@@ -26,6 +28,7 @@ FORMATS = {
     ".feather": Arrow,
     ".npy": Npy,
     ".npz": Npz,
+    ".tar": WebDataset,
     **{text + codec: CompressedText for text in TEXTS for codec in CODECS},
 }
 
@@ -48,6 +51,9 @@ def open_source(
     Raises:
         DataError: nothing there, an unknown or a mixed format, an empty file, differing schemas, an unknown column.
     """
+    if isinstance(path, (str, Path)) and _is_image_folder(Path(path)):
+        folder = ImageFolder(str(path))
+        return folder.select(columns) if columns is not None else folder
     parts = [path] if isinstance(path, (str, Path)) else list(path)
     files = [file for part in parts for file in _saved(str(part)) or expand(str(part), tuple(FORMATS))]
     suffixes = sorted({suffix_of(file) for file in files})
@@ -60,7 +66,7 @@ def open_source(
     existing_files(files)
     if format_ is Npz:  # arrays of other lengths may lie beside the columns
         return Npz(files, columns)
-    source: Source = Npy(files) if format_ is Npy else format_(files, fill_null=fill_null)
+    source: Source = format_(files) if format_ in (Npy, WebDataset) else format_(files, fill_null=fill_null)
     return source.select(columns) if columns is not None else source
 
 
@@ -73,3 +79,10 @@ def _saved(path: str) -> list[str]:
         splits = sorted(entry.name for entry in Path(path).iterdir() if entry.is_dir())
         raise DataError(f"{path} holds the splits {', '.join(splits)} of a dataset: name one, as in {path}/{splits[0]}")
     return []
+
+
+def _is_image_folder(path: Path) -> bool:
+    """Whether `path` is a directory with images in its directories, and no file of another format beside these."""
+    if not path.is_dir() or any(suffix_of(entry) in FORMATS for entry in path.iterdir() if entry.is_file()):
+        return False
+    return not (path / "dataset_dict.json").is_file() and has_images(path)
