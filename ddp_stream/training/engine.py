@@ -162,7 +162,9 @@ class Engine(ABC):
         Before the first step ranks may wait longer for each other: for one that builds an index, or compiles.
         """
         if dist.is_initialized():
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s))
+            module = dist.distributed_c10d
+            set_timeout = getattr(module, "set_timeout", module._set_pg_timeout)  # the name before torch 2.13
+            set_timeout(timedelta(seconds=self.timeout_s))
 
     def close(self) -> None:
         """Leave the process group."""

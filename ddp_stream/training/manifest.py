@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,12 @@ class _HashingStream:
 
     def write(self, content: bytes) -> int:
         self.size += len(content)
-        self.digest.update(content)
-        return int(self._file.write(content))
+        hashing = threading.Thread(target=self.digest.update, args=(content,))  # both let go of the GIL
+        hashing.start()
+        try:
+            return int(self._file.write(content))
+        finally:
+            hashing.join()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

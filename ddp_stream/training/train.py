@@ -57,6 +57,8 @@ def train(config: TrainConfig, config_yaml: str = "") -> Result:
 def _report_failure(error: BaseException, run: RunDir, step: int) -> None:
     """Say on stderr and in `status.json` which rank failed where; the first of several ranks is believed."""
     where = f"rank {run.rank} on {socket.gethostname()}, step {step}"
+    if "Timed out waiting" in str(error):  # gloo's words; nccl ends the process itself
+        where += ", another rank did not come within --timeout_s (its own lines, or py-spy dump, say where it is)"
     if not isinstance(error, ProofError):
         sys.stderr.write(f"[{where}] failed: {type(error).__name__}: {error}\n")
         sys.stderr.flush()
