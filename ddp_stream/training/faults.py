@@ -1,12 +1,12 @@
 """Faults on demand, for tests of what happens when a process dies at the worst moment.
 
-    DDP_STREAM_FAULT='{"at": "forward", "step": 120, "rank": 0, "to": "agent", "signal": "SIGKILL"}'
+    DDP_STREAM_FAULT='{"at": "forward", "step": 120, "rank": 1, "to": "agent", "signal": "SIGKILL"}'
 
 `at` names the moment: `loading` (the `step`-th message of a worker), `forward` (inside the loss of optimizer step
 `step`, from 0), `backward`, `write` (half of this rank's tensors are in the file; `step` as in its name), `before NAME`
-or `after NAME` for a step of `Checkpoints.publish_steps`, or `evaluation`. `to` is who gets the signal: `rank` (the
-one that the fault happens in), `worker` (one of its DataLoader's), or `agent` (the rank's parent). Every fault
-happens once in the life of a run directory, and without the variable nothing of this is in the way.
+or `after NAME` for a step of `Checkpoints.publish_steps`, or `evaluation`. It happens in rank `rank`; `to` is who gets
+the signal: a rank on this host by its number, `worker` (one of the rank's own), or `agent` (the rank's parent). Every
+fault happens once in the life of a run directory, and without the variable nothing of this is in the way.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Fault:
 
     Args:
         fault: as in the variable
+        pids: of all ranks
         folder: where a file notes that it happened
     """
 
-    def __init__(self, fault: dict[str, Any], folder: Path) -> None:
+    def __init__(self, fault: dict[str, Any], pids: list[int], folder: Path) -> None:
         self.fault = fault
-        self.rank_pid = os.getpid()
-        self.agent_pid = os.getppid()
+        self._pids: dict[Any, int] = {"agent": os.getppid(), **dict(enumerate(pids))}
         self._done = folder / f".fault-{fault['at'].replace(' ', '-')}"
 
     def strike(self) -> None:
@@ -49,7 +49,7 @@ class Fault:
         except FileExistsError:
             return
         number = getattr(signal, self.fault["signal"])
-        victim = {"rank": self.rank_pid, "agent": self.agent_pid}.get(self.fault["to"])
+        victim = self._pids.get(self.fault["to"])
         if victim is None:
             workers = multiprocessing.active_children()
             victim = next((worker.pid for worker in workers if worker.pid), os.getpid())
@@ -97,7 +97,7 @@ def arm(training: Training, text: str) -> None:
     Raises:
         ValueError: there is no such place.
     """
-    fault = Fault(json.loads(text), training.run_dir.path)
+    fault = Fault(json.loads(text), training.engine.from_all_ranks(os.getpid()), training.run_dir.path)
     at, step = fault.fault["at"], fault.fault.get("step")
     if training.engine.topology.rank != fault.fault.get("rank", 0):
         return

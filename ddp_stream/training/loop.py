@@ -281,10 +281,12 @@ class Training:
             due = self.reporter.record(self.step, epoch, loss, batch.global_rows, lr)
             if self.step == self.config.max_steps or not self.loader.plan.steps(end):
                 break
+            saving = (every and self.step % every == 0) or (due is not None and due.save)
+            if saving and due is None:
+                due = self.reporter.report()
             if due is not None and due.stop is not None:
                 return end, due.stop
-            if (every and self.step % every == 0) or (due is not None and due.save):
-                self.reporter.report()
+            if saving:
                 self.save(epoch, end)
             elif due is not None:
                 self.note_saved()

@@ -18,6 +18,7 @@ from ddp_stream.training.tracking import Tracker
 
 _REPORT_EVERY_S = 1.0
 _MOST_STEPS_A_REPORT = 256  # so that a run that slows down still asks in time
+_MOST_GROWTH = 4
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,6 @@ class Reporter:
 
     def record(self, step: int, epoch: int, loss: torch.Tensor, global_rows: int, lr: float) -> Due | None:
         """Note one step; where a report is due, reduce, write, and return what all ranks agree on."""
-        if self._since is None:
-            self._since = time.monotonic()  # the first step, with the workers' start in it, tells nothing of the pace
         self._losses.append(loss)
         self._steps.append((step, epoch, global_rows, lr))
         return self.report() if len(self._losses) >= self._until_report else None
@@ -93,6 +92,7 @@ class Reporter:
     def report(self) -> Due:
         """Reduce and write what was recorded since the last time; a collective call."""
         now = time.monotonic()
+        # The first step, with the workers' start in it, tells nothing of the pace.
         pace = (now - self._since) / len(self._losses) if self._losses and self._since is not None else 0.0
         stop = self._stop.requested()
         save = self._every_minutes is not None and now - self.saved_at > 60 * self._every_minutes
@@ -114,7 +114,9 @@ class Reporter:
         self._run.flush()
         if self._losses:
             mean_pace = pace_sum / self._engine.topology.world_size
-            self._until_report = max(1, min(_MOST_STEPS_A_REPORT, int(_REPORT_EVERY_S / max(mean_pace, 1e-6))))
+            fitting = int(_REPORT_EVERY_S / mean_pace) if mean_pace else 1
+            # A single step may have been quick by chance.
+            self._until_report = max(1, min(fitting, _MOST_GROWTH * self._until_report, _MOST_STEPS_A_REPORT))
         self._losses, self._steps = [], []
         self._since = time.monotonic()
         reason = None

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.run
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 ROOT = Path(__file__).parents[2]
 DDP_STREAM = str(ROOT / "ddp_stream" / "__main__.py")
@@ -35,6 +37,7 @@ DDP_STREAM = str(ROOT / "ddp_stream" / "__main__.py")
 INHERITED = re.compile("(DDP_STREAM|ACCELERATE|TORCHELASTIC|SLURM|MASTER|GROUP|ROLE|OMP)_|(LOCAL_)?(RANK|WORLD_SIZE)$")
 JOB_TIMEOUT_S = 60
 SERVER = multiprocessing.get_context("forkserver")
+_SERVER_LOCK = threading.Lock()  # two threads that ask for one exit code would get it once
 SERVER.set_forkserver_preload(
     ["pytest", "accelerate", "torch.distributed.run", "torch._dynamo"]
     + [f"ddp_stream.commands.{command}" for command in ("audit", "demo", "train")]
@@ -160,64 +163,109 @@ class Job:
     ended: float  # by time.time()
 
 
-def torchrun(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None, cold: bool = False) -> Job:
-    """`torchrun --standalone --nproc_per_node=2 SCRIPT ARGUMENT...`; DDP_STREAM is the script of `-m ddp_stream`."""
-    options = ["--standalone", "--nproc_per_node=2"]
-    if cold:
-        return run("torchrun", *options, *arguments, cwd=cwd, env=env)
-    return _run(_torchrun, [*options, "--run-path", "--start-method=fork", *arguments], cwd, env or {})
+class Running:
+    """A job that was started: `torchrun` or a command, and all that it starts.
 
+    With `warm` it is forked from the server and calls that with the arguments, else they are a command.
+    """
 
-def ddp_stream(*arguments: str, cwd: Path) -> Job:
-    """`python -m ddp_stream ARGUMENT...` in one process."""
-    return _run(_script, [DDP_STREAM, *arguments], cwd, {})
-
-
-def run(*command: str, cwd: Path, env: Mapping[str, str] | None = None) -> Job:
-    """A command from nothing; its program is one that is installed beside this Python."""
-    return _run(None, [str(Path(sys.executable).with_name(command[0])), *command[1:]], cwd, env or {})
-
-
-def _run(warm: Callable[[list[str]], None] | None, arguments: list[str], cwd: Path, env: Mapping[str, str]) -> Job:
-    """Run it to the end; fails if it does not end in time, or leaves a process behind."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out").resolve(), Path(folder, "err")
+    def __init__(
+        self, warm: Callable[[list[str]], None] | None, arguments: list[str], cwd: Path, env: Mapping[str, str]
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._out, self._err = Path(self._folder.name, "out").resolve(), Path(self._folder.name, "err")
+        self._process: Any
         if warm is None:
-            code = _cold(arguments, cwd, env, out, err)
+            kept = {name: value for name, value in os.environ.items() if not INHERITED.match(name)}
+            kept |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+            with self._out.open("w") as out, self._err.open("w") as err:
+                self._process = subprocess.Popen(arguments, cwd=cwd, env=kept, stdout=out, stderr=err)
         else:
-            process = SERVER.Process(target=_warm, args=(warm, arguments, cwd, env, out, err))
-            process.start()
-            process.join(JOB_TIMEOUT_S)
-            code = process.exitcode
-        ended = time.time()
-        left = _processes_of(out)
-        while code is not None and left and time.time() < ended + 2:
-            time.sleep(0.02)
-            left = _processes_of(out)
-        still = left
-        while still:
-            for pid in still:
+            self._process = SERVER.Process(target=_warm, args=(warm, arguments, cwd, env, self._out, self._err))
+            with _SERVER_LOCK:
+                self._process.start()
+        self.pid: int = self._process.pid
+
+    def code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        if isinstance(self._process, subprocess.Popen):
+            return self._process.poll()
+        with _SERVER_LOCK:
+            return self._process.exitcode  # type: ignore[no-any-return]
+
+    def processes(self) -> list[int]:
+        """The job itself and all that it started, as far as they are alive."""
+        return _processes_of(self._out)
+
+    def said(self) -> str:
+        """What it wrote so far."""
+        return "\n".join(path.read_text() for path in (self._out, self._err) if path.exists())
+
+    def wait(self, timeout_s: float = JOB_TIMEOUT_S) -> Job:
+        """Wait for its end; fails if it does not end in time, or leaves a process behind."""
+        try:
+            limit = time.monotonic() + timeout_s
+            while self.code() is None and time.monotonic() < limit:
+                time.sleep(0.02)
+            code, ended = self.code(), time.time()
+            left = self.processes()
+            while code is not None and left and time.time() < ended + 2:
+                time.sleep(0.02)
+                left = self.processes()
+            stacks = "" if code is not None else "\n".join(map(_where, left))
+        finally:
+            self.kill()
+        job = Job(code if code is not None else -1, self._out.read_text(), self._err.read_text(), ended)
+        self._folder.cleanup()
+        assert code is not None, f"not done after {timeout_s} s\n{job.out}\n{job.err}\n{stacks}"
+        assert not left, f"processes left behind: {left}\n{job.out}\n{job.err}"
+        return job
+
+    def kill(self) -> None:
+        """Leave nothing of it."""
+        while left := [*self.processes(), *([self.pid] if self.code() is None else [])]:
+            for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
-            still = _processes_of(out)
-        job = Job(code if code is not None else -1, out.read_text(), err.read_text(), ended)
-    assert code is not None, f"not done after {JOB_TIMEOUT_S} s\n{job.out}\n{job.err}"
-    assert not left, f"processes left behind: {left}\n{job.out}\n{job.err}"
-    return job
 
 
-def _cold(command: list[str], cwd: Path, env: Mapping[str, str], out: Path, err: Path) -> int | None:
-    kept = {name: value for name, value in os.environ.items() if not INHERITED.match(name)}
-    kept |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
-    with out.open("w") as out_file, err.open("w") as err_file:
-        process = subprocess.Popen(command, cwd=cwd, env=kept, stdout=out_file, stderr=err_file)
-    try:
-        return process.wait(JOB_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return None
+def start_torchrun(
+    *arguments: str,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    options: Sequence[str] = ("--standalone", "--nproc_per_node=2"),
+    cold: bool = False,
+) -> Running:
+    """`torchrun OPTION... SCRIPT ARGUMENT...`; DDP_STREAM is the script of `-m ddp_stream`."""
+    if cold:
+        return start("torchrun", *options, *arguments, cwd=cwd, env=env)
+    return Running(_torchrun, [*options, *arguments], cwd, env or {})
+
+
+def torchrun(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None, cold: bool = False) -> Job:
+    """Two ranks of a script under torchrun, to the end."""
+    return start_torchrun(*arguments, cwd=cwd, env=env, cold=cold).wait()
+
+
+def start_ddp_stream(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> Running:
+    """`python -m ddp_stream ARGUMENT...` in one process."""
+    return Running(_script, [DDP_STREAM, *arguments], cwd, env or {})
+
+
+def ddp_stream(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> Job:
+    """The same, to the end."""
+    return start_ddp_stream(*arguments, cwd=cwd, env=env).wait()
+
+
+def start(*command: str, cwd: Path, env: Mapping[str, str] | None = None) -> Running:
+    """A command from nothing; its program is one that is installed beside this Python."""
+    return Running(None, [str(Path(sys.executable).with_name(command[0])), *command[1:]], cwd, env or {})
+
+
+def run(*command: str, cwd: Path, env: Mapping[str, str] | None = None) -> Job:
+    """The same, to the end."""
+    return start(*command, cwd=cwd, env=env).wait()
 
 
 def _warm(
@@ -232,17 +280,57 @@ def _warm(
 
 
 def _torchrun(arguments: list[str]) -> None:
-    torch.distributed.run.run_script_path = lambda *arguments: _script(list(arguments))
+    """torchrun itself; only, its ranks are forked, where it would start a Python from nothing."""
+    SubprocessHandler._popen = lambda self, args, env: _Forked(args, env)  # type: ignore[assignment, return-value]
     torch.distributed.run.main(arguments)
+
+
+class _Forked:
+    """What torchrun's agent knows of a `subprocess.Popen`."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        self._process = multiprocessing.get_context("fork").Process(target=_as_if_executed, args=(command, env))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("rank", timeout or 0)
+        return self._process.exitcode
+
+
+def _as_if_executed(command: Sequence[str], env: Mapping[str, str]) -> None:
+    os.setsid()
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for entry in list(Path("/proc/self/fd").iterdir()):  # the agent's store must not outlive the agent in here
+        with contextlib.suppress(OSError):
+            if int(entry.name) > 2 and os.readlink(entry).startswith("socket:"):
+                os.close(int(entry.name))
+    os.environ.clear()
+    os.environ.update(env)
+    python, unbuffered, *arguments = command
+    assert (python, unbuffered) == (sys.executable, "-u")
+    _script(arguments)
 
 
 def _script(arguments: list[str]) -> None:
     sys.argv = arguments
-    try:
-        runpy.run_path(arguments[0], run_name="__main__")
-    except SystemExit as end:
-        if end.code:  # sys.exit(0) is a good end for a process, but torchrun would wait for the function to return
-            raise
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _where(pid: int) -> str:
+    """What a process is and waits for."""
+    found = [f"process {pid}"]
+    for name in ("cmdline", "wchan", "stack"):
+        with contextlib.suppress(OSError):
+            found.append(Path(f"/proc/{pid}/{name}").read_text().replace("\0", " "))
+    return "\n".join(found)
 
 
 def _processes_of(out: Path) -> list[int]:
