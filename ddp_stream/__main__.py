@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from ddp_stream import debugging
 from ddp_stream.commands import audit, checkpoint, demo, plan, train
 from ddp_stream.commands.cli import Parser
 
@@ -19,12 +20,14 @@ def main() -> NoReturn:
     """Parse the command line, run the command, and end with its exit code."""
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a task or a source of the user's own is beside where they stand
+    debugging.begin(sys._getframe(), os.environ)
     try:
         code = _run()
-    except (KeyboardInterrupt, Exception):
+    except (KeyboardInterrupt, Exception) as error:
         # A rank that failed ends here and now. Teardown may wait for peers that wait for us, and letting go of the
         # error would let go of the loader, which waits for its workers.
         traceback.print_exc()
+        debugging.failed(error, os.environ)
         _leave(1)
     if code:
         _leave(code)

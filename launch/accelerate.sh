@@ -19,10 +19,10 @@ COMMAND is train unless given. What follows COMMAND, or --, belongs to ddp_strea
   --dry-run        print the command and do not run it
   --help           print this text
 
-multi_node: run it once on every machine, with the same --nproc everywhere.
+multi_node: run it once on every machine; what must match is in `launch/multi_node.sh --help`.
   --nnodes M       machines
-  --node-rank R    this machine, 0..M-1
-  --head HOST      address of machine 0, as the others reach it
+  --node-rank R    this machine, 0..M-1; machine 0 is the head and holds rank 0
+  --head HOST      address of machine 0, as the others reach it: not a loopback address
   --port PORT      a free port on machine 0
 
 OMP_NUM_THREADS is set to cores / N unless it is set already.
@@ -33,10 +33,6 @@ END
 
 config=""
 nproc=""
-nnodes=""
-node_rank=""
-head=""
-port=""
 dry_run=no
 while [[ $# -gt 0 ]]; do
   case $1 in
@@ -79,15 +75,7 @@ fi
 case $config in
   cpu_gloo | multi_gpu) ;;
   one_gpu) [[ $nproc -eq 1 ]] || die "--nproc $nproc with --config one_gpu, which is one process; use multi_gpu" ;;
-  multi_node)
-    [[ -n $nnodes ]] || die "--config multi_node needs --nnodes"
-    [[ -n $node_rank ]] || die "--config multi_node needs --node-rank"
-    [[ -n $head ]] || die "--config multi_node needs --head"
-    [[ -n $port ]] || die "--config multi_node needs --port"
-    [[ $node_rank =~ ^(0|[1-9][0-9]*)$ && $node_rank -lt $nnodes ]] ||
-      die "--node-rank must be in 0..$((nnodes - 1)) with --nnodes $nnodes, not '$node_rank'"
-    [[ $port -le 65535 ]] || die "--port must be in 1..65535, not '$port'"
-    ;;
+  multi_node) want_machines "--config multi_node" ;;
   *) die "--config must be cpu_gloo, one_gpu, multi_gpu or multi_node, not '$config'" ;;
 esac
 if [[ $config != multi_node && -n $nnodes$node_rank$head$port ]]; then
@@ -98,10 +86,7 @@ fi
 world_size=$((nproc * ${nnodes:-1}))
 threads=$(threads_per_rank "$nproc")
 # `accelerate launch` can start fewer processes than it was asked for and say nothing. ddp_stream checks this promise.
-environment=("DDP_STREAM_WORLD_SIZE=$world_size" "OMP_NUM_THREADS=$threads")
-# It has no flags for torchrun's signals, but torchrun reads its defaults from PET_*: without them SIGUSR1 kills the
-# launcher at once and leaves the ranks running. A torchrun too old for them ignores them.
-environment+=("PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" PET_SHUTDOWN_TIMEOUT=60)
+environment=("DDP_STREAM_WORLD_SIZE=$world_size" "OMP_NUM_THREADS=$threads" "${signals[@]}")
 if [[ $config == cpu_gloo ]]; then
   # The YAML's use_cpu does not reach the processes that torchrun starts: where there are GPUs, they would use them.
   environment+=(ACCELERATE_USE_CPU=true)

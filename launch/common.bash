@@ -1,5 +1,16 @@
-# What local.sh and accelerate.sh share. Sourced, never run.
+# What the scripts beside this file share. Sourced, never run.
 # Kept to bash 3.2 (macOS): no associative arrays, and no "${array[@]}" of an array that may be empty.
+
+# By default SIGUSR1 kills torchrun at once and leaves its ranks running. These two pass it on and give the ranks time
+# to save. As variables rather than flags: accelerate has no such flags, and an older torchrun would refuse them.
+# shellcheck disable=SC2034 # for whoever sources this
+signals=("PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" PET_SHUTDOWN_TIMEOUT=60)
+
+# Options of the scripts that start ranks on several machines.
+nnodes=""
+node_rank=""
+head=""
+port=""
 
 die() {
   echo "${0##*/}: $*" >&2
@@ -19,6 +30,17 @@ want_positive() {
 # want_program NAME
 want_program() {
   command -v "$1" >/dev/null || die "$1 is not on PATH; activate the environment that ddp_stream is installed in"
+}
+
+# want_machines WHO: the four options above, which WHO needs, are there and make sense.
+want_machines() {
+  local option
+  for option in nnodes node_rank head port; do
+    [[ -n ${!option} ]] || die "${1:+$1 }needs --${option/_/-}; see --help"
+  done
+  [[ $node_rank =~ ^(0|[1-9][0-9]*)$ && $node_rank -lt $nnodes ]] ||
+    die "--node-rank must be in 0..$((nnodes - 1)) with --nnodes $nnodes, not '$node_rank'"
+  [[ $port -le 65535 ]] || die "--port must be in 1..65535, not '$port'"
 }
 
 unknown_option() {

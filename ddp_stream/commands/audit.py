@@ -18,7 +18,7 @@ from ddp_stream.commands.demo import BrokenStreamingDataset
 from ddp_stream.sources import InMemory
 from ddp_stream.training.config import DataConfig
 from ddp_stream.training.data import make_loader, make_source
-from ddp_stream.training.engine import DdpEngine, check_launcher
+from ddp_stream.training.engine import make_engine
 
 
 @dataclass
@@ -52,12 +52,9 @@ def parser() -> Parser:
 
 def run(parser: Parser, arguments: Any) -> int:
     """Audit; returns 0 if every row came exactly once on every epoch."""
-    import os
-
     values = parser.instantiate(arguments)
     config = AuditCommandConfig(**{name: values[name] for name in AuditCommandConfig.__dataclass_fields__})
-    check_launcher(os.environ)
-    engine = DdpEngine(config.timeout_s)
+    engine = make_engine("ddp", config.timeout_s)
     topology = engine.topology
     source = make_source(config.data)
     loader = make_loader(source, config.data, seed=config.seed, topology=topology)

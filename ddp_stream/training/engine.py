@@ -23,6 +23,7 @@ from ddp_stream.batch import Batch
 from ddp_stream.dataset import die_with_parent
 from ddp_stream.order import mix
 from ddp_stream.topology import Topology
+from ddp_stream.training.network import interface_to_head
 from ddp_stream.training.task import Task
 
 T = TypeVar("T")
@@ -268,6 +269,10 @@ def make_engine(name: str, timeout_s: float) -> Engine:
         WorldError: fewer or more processes run than the launcher promised.
     """
     check_launcher(os.environ)
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_to_head(os.environ)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()  # torchrun's agent; killed, it would leave its ranks behind
     return AccelerateEngine(timeout_s) if name == "accelerate" else DdpEngine(timeout_s)

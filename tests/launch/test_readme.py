@@ -8,20 +8,34 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 README = Path(__file__).parents[2] / "README.md"
+TEXT = README.read_text()
 BLOCK = re.compile(r"(?:<!-- test: (?P<mark>.+?) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.DOTALL)
-BLOCKS = list(BLOCK.finditer(README.read_text()))
+BLOCKS = list(BLOCK.finditer(TEXT))
+ELSEWHERE = "two-hosts "  # test_two_hosts.py runs these
+HERE = [block for block in BLOCKS[1:] if not block["mark"].startswith(ELSEWHERE)]
+
+# Commands outside such blocks: after a $ in text, and in a table of commands. The scripts' help has some, too.
+AFTER_PROMPT = re.findall(r"^\$ (.+)$", TEXT, re.MULTILINE)
+IN_TABLES = re.findall(r"^\|[^|`]+\| `([^`|]+)` \|$", TEXT, re.MULTILINE)
+IN_HELP = [
+    example
+    for script in sorted(README.parent.glob("launch/*.sh"))
+    for example in re.findall(r"^(?:Example:)? +(launch/.+)$", script.read_text(), re.MULTILINE)
+    if "--nnodes" not in example  # test_two_hosts.py runs these
+]
 
 
-def run(command: list[str], cwd: Path) -> str:
+def run(command: list[str], cwd: Path, *, code: int = 0, **options: Any) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        command, cwd=cwd, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=120
+        command, cwd=cwd, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=120, **options
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
 
@@ -33,10 +47,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_block_but_the_first_is_run_by_a_test() -> None:
     # The first holds the two commands that .ci/run runs in a fresh environment.
-    assert [block["mark"] for block in BLOCKS] == [None, "own-data", "own-loop", "own-task my_task.py", "own-task run"]
+    assert [block["mark"] for block in BLOCKS] == [
+        *(None, "own-data", "own-loop", "own-task my_task.py", "own-task run"),
+        *("two-hosts torchrun", "two-hosts accelerate"),
+    ]
 
 
-@pytest.mark.parametrize("block", BLOCKS[1:], ids=lambda block: block["mark"])
+def test_every_command_elsewhere_is_run_by_a_test() -> None:
+    """That is, by test_command: no way of writing one goes unseen."""
+    written = re.findall(r"^.*(?:python -m ddp_stream|launch/\w+\.sh|ddp-stream) .*$", TEXT, re.MULTILINE)
+    in_blocks = "\n".join(block["code"] for block in BLOCKS)
+    known = [*AFTER_PROMPT, *IN_TABLES]
+    assert [line for line in written if line not in in_blocks and not any(command in line for command in known)] == []
+    assert len(known) >= 10
+
+
+@pytest.mark.parametrize("block", HERE, ids=lambda block: block["mark"])
 def test_block(block: re.Match[str], folder: Path) -> None:
     mark, code = block["mark"], block["code"]
     if mark.endswith(".py"):
@@ -50,3 +76,13 @@ def test_block(block: re.Match[str], folder: Path) -> None:
         assert all(epoch["exactly_once"] and epoch["rows"] == 442 for epoch in epochs)
         assert epochs[-1]["loss"] < epochs[0]["loss"]
         assert "442 rows, each exactly once" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", dict.fromkeys([*AFTER_PROMPT, *IN_TABLES, *IN_HELP]))
+def test_command(command: str, folder: Path) -> None:
+    if not (folder / "diabetes.csv").exists():
+        run(["bash", "-euo", "pipefail", "-c", HERE[0]["code"]], folder)
+        (folder / "launch").symlink_to(README.parent / "launch")
+    # --debug asks on the terminal: go on, and then there is nobody any more.
+    run(["bash", "-c", command], folder, code="--audit.broken" in command, input="c\n")

@@ -125,6 +125,20 @@ def test_local_dry_run(arguments: list[str], words: str, machine: Fakes, tmp_pat
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "rank", "words"),
+    [
+        (["--debug", "--nproc", "2"], 0, "train --timeout_s 86400"),
+        (["--nproc", "2", "--debug", "1", "audit", "--seed", "1"], 1, "audit --timeout_s 86400 --seed 1"),
+        (["--nproc", "2", "--debug", "demo"], 0, "demo"),
+    ],
+)
+def test_debug_dry_run(arguments: list[str], rank: int, words: str, machine: Fakes, tmp_path: Path) -> None:
+    done = run("local.sh", "--dry-run", *arguments, cwd=tmp_path, env=machine(gpus=1))
+    assert f" DDP_STREAM_DEBUG_RANK={rank} TORCH_DISTRIBUTED_DEBUG=INFO CUDA_VISIBLE_DEVICES= torchrun " in done.stdout
+    assert done.stdout.endswith(f" -m ddp_stream {words}\n")
+
+
 @pytest.mark.parametrize(("gpus", "nproc"), [(0, 2), (1, 1), (4, 4)])
 def test_local_starts_a_rank_per_gpu(gpus: int, nproc: int, machine: Fakes, tmp_path: Path) -> None:
     done = run("local.sh", "--dry-run", cwd=tmp_path, env=machine(gpus=gpus))
@@ -184,6 +198,16 @@ def multi_node(**changes: str | None) -> list[str]:
     return ["--config", "multi_node", "--nproc", "2", *given]
 
 
+def test_multi_node_dry_run(machine: Fakes, tmp_path: Path) -> None:
+    done = run("multi_node.sh", *multi_node()[2:], "--dry-run", "--", "--epochs", "1", cwd=tmp_path, env=machine())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        f"env DDP_STREAM_WORLD_SIZE=6 OMP_NUM_THREADS=4 PET_SIGNALS_TO_HANDLE={SIGNALS} PET_SHUTDOWN_TIMEOUT=60 torchrun "
+        "--rdzv_backend=static --nnodes=3 --node_rank=2 --nproc_per_node=2 --master_addr=node0 --master_port=29400 "
+        "-m ddp_stream train --epochs 1\n"
+    )
+
+
 def test_accelerate_promises_the_processes_of_all_machines(machine: Fakes, tmp_path: Path) -> None:
     done = run("accelerate.sh", *multi_node(), "--dry-run", cwd=tmp_path, env=machine())
     flags = "--num_machines 3 --machine_rank 2 --main_process_ip node0 --main_process_port 29400"
@@ -191,7 +215,7 @@ def test_accelerate_promises_the_processes_of_all_machines(machine: Fakes, tmp_p
     assert done.stdout == expected_accelerate("multi_node", 3 * 2, words, threads=4)
 
 
-BOTH_REFUSE = [
+ALL_REFUSE = [
     (["--nproc", "0"], "--nproc must be a positive integer, not '0'"),
     (["--nproc", "two"], "--nproc must be a positive integer, not 'two'"),
     (["--nproc", "-1"], "--nproc must be a positive integer, not '-1'"),
@@ -199,10 +223,7 @@ BOTH_REFUSE = [
     (["--epochs", "1"], "unknown option --epochs"),
     (["--nproc=2"], "unknown option --nproc=2"),
 ]
-ACCELERATE_REFUSES = [
-    (["--config", "tpu", "--nproc", "2"], "--config must be cpu_gloo, one_gpu, multi_gpu or multi_node, not 'tpu'"),
-    (["--config", "one_gpu", "--nproc", "2"], "--nproc 2 with --config one_gpu"),
-    (["--config", "cpu_gloo", "--nproc", "2", "--port", "29400"], "--port are for --config multi_node, not cpu_gloo"),
+MULTI_NODE_REFUSES = [
     *(
         (multi_node(**{name: None}), f"needs --{name.replace('_', '-')}")
         for name in ("nnodes", "node_rank", "head", "port")
@@ -212,13 +233,21 @@ ACCELERATE_REFUSES = [
     (multi_node(node_rank="-1"), "--node-rank must be in 0..2 with --nnodes 3, not '-1'"),
     (multi_node(port="65536"), "--port must be in 1..65535, not '65536'"),
 ]
+ACCELERATE_REFUSES = [
+    (["--config", "tpu", "--nproc", "2"], "--config must be cpu_gloo, one_gpu, multi_gpu or multi_node, not 'tpu'"),
+    (["--config", "one_gpu", "--nproc", "2"], "--nproc 2 with --config one_gpu"),
+    (["--config", "cpu_gloo", "--nproc", "2", "--port", "29400"], "--port are for --config multi_node, not cpu_gloo"),
+]
 
 
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        *(("local.sh", *case) for case in BOTH_REFUSE),
-        *(("accelerate.sh", *case) for case in BOTH_REFUSE + ACCELERATE_REFUSES),
+        *(("local.sh", *case) for case in ALL_REFUSE),
+        ("local.sh", ["--nproc", "2", "--debug", "2"], "--debug must be a rank in 0..1 with --nproc 2, not '2'"),
+        *(("accelerate.sh", *case) for case in ALL_REFUSE + ACCELERATE_REFUSES + MULTI_NODE_REFUSES),
+        *(("multi_node.sh", *case) for case in ALL_REFUSE),
+        *(("multi_node.sh", arguments[2:], message) for arguments, message in MULTI_NODE_REFUSES),
     ],
 )
 def test_bad_arguments(script: str, arguments: list[str], message: str, machine: Fakes, tmp_path: Path) -> None:
