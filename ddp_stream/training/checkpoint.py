@@ -161,8 +161,7 @@ class Checkpoints:
         return self._engine.from_rank_0(found)
 
     def _look(self, resume: str) -> tuple[Path | None, list[str]]:
-        for leftover in self.folder.glob(f"{_LEFTOVER}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._clear()
         chosen: Path | None = None
         damaged: list[str] = []
         if resume == "auto":
@@ -265,24 +264,24 @@ class Checkpoints:
                 sync_to_disk(unfinished / name)
             sync_to_disk(unfinished)
 
-        def make_way() -> None:  # for one that another attempt wrote, and that this one does not go on from
-            if target.exists():
-                shutil.rmtree(target)
-
-        def retain() -> None:
+        def retain() -> None:  # by another name first, so that one that is half removed is not taken for damaged
             whole = [path for path in find(self.folder) if verify(path, content=False) is None]
             for path in whole[: -self._keep]:
-                shutil.rmtree(path)
+                path.rename(path.with_name(f"{_LEFTOVER}{path.name}"))
 
         return [
             ("state", write_state),
             ("manifest", write_manifest),
             ("sync", sync),
-            ("make way", make_way),
             ("rename", lambda: _rename(unfinished, target)),
             ("sync folder", lambda: sync_to_disk(self.folder)),
             ("retain", retain),
+            ("clear", self._clear),
         ]
+
+    def _clear(self) -> None:
+        for leftover in self.folder.glob(f"{_LEFTOVER}*"):
+            shutil.rmtree(leftover)
 
     def _on_rank_0(self, action: Callable[[], None], what: str) -> None:
         """Run `action` on rank 0; if it fails there, every rank raises."""
