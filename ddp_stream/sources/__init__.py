@@ -10,6 +10,7 @@ from ddp_stream.sources.memory import InMemory, SyntheticRegression, TorchDatase
 from ddp_stream.sources.npy import Npy, Npz
 from ddp_stream.sources.open import open_source
 from ddp_stream.sources.parquet import Parquet
+from ddp_stream.sources.selection import exclude, skip_bad_rows
 from ddp_stream.sources.tar import WebDataset
 from ddp_stream.sources.tokens import Tokens
 
@@ -30,5 +31,7 @@ __all__ = [
     "Tokens",
     "TorchDataset",
     "WebDataset",
+    "exclude",
     "open_source",
+    "skip_bad_rows",
 ]

@@ -5,22 +5,18 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ddp_stream.sources.base import Columns, DataError, Ints, fingerprint_of
-from ddp_stream.sources.files import (
-    CACHE_BYTES,
-    BlockSource,
-    check_distinct,
-    decode_column,
-    existing_files,
-    schema_difference,
-)
+from ddp_stream.sources.base import Columns, DataError, Ints, Source, fingerprint_of
+from ddp_stream.sources.decode import decode_column
+from ddp_stream.sources.files import CACHE_BYTES, BlockSource
+from ddp_stream.sources.paths import check_distinct, existing_files, schema_difference
+from ddp_stream.sources.selection import Excluding
 
 _BLOCK_BYTES = 4 << 20
 _BLOCK_ROWS = 1 << 16
@@ -123,6 +119,9 @@ class BatchSource(BlockSource):
             for block in np.unique(np.searchsorted(self._offsets, rows, side="right") - 1).tolist():
                 self._block(block)  # says file and row
             raise
+
+    def without(self, rows: Mapping[int, str]) -> Source:
+        return Excluding(self, rows)
 
     def _decode(self, parts: list[pa.Array], name: str, back: Ints | None) -> NDArray[Any] | list[Any]:
         """A column from the batches' parts of it, in the order `back`."""

@@ -55,6 +55,16 @@ class Source(ABC):
         check_columns(columns, self.columns, str(self))
         return _Selected(self, tuple(columns))
 
+    @property
+    def excluded(self) -> Mapping[int, str]:
+        """Rows that were left out on purpose and are not counted here: their ids before that, and why."""
+        return {}
+
+    def stamp(self) -> str | None:
+        """Like `fingerprint`, but another one after a file was touched: what was found out about the rows may be kept
+        under it. None if there are no files."""
+        return None
+
     def sample(self, columns: Columns, index: int) -> Any:
         """Row `index` of taken `columns`, as `StreamingDataset` yields it: by default a dict."""
         return {name: column[index] for name, column in columns.items()}
@@ -85,8 +95,32 @@ class _Selected(Source):
     def fingerprint(self) -> str:
         return self._source.fingerprint()
 
+    @property
+    def excluded(self) -> Mapping[int, str]:
+        return self._source.excluded
+
+    def stamp(self) -> str | None:
+        inner = self._source.stamp()
+        return None if inner is None else fingerprint_of(inner, self._columns)
+
     def __str__(self) -> str:
         return str(self._source)
+
+
+def original(rows: Mapping[int, str], dropped: Ints) -> tuple[Ints, dict[int, str]]:
+    """`rows` and their reasons by the ids they had before the rows `dropped` (sorted) were left out.
+
+    >>> original({2: "x"}, np.array([0, 1]))[1]
+    {4: 'x'}
+    """
+    left = np.array(sorted(rows), np.int64)
+    ids = before(left, dropped)
+    return ids, dict(zip(ids.tolist(), (rows[row] for row in left.tolist()), strict=True))
+
+
+def before(rows: Ints, dropped: Ints) -> Ints:
+    """The ids that `rows` had before the rows `dropped [n]` (sorted) were left out."""
+    return rows + np.searchsorted(dropped - np.arange(len(dropped)), rows, side="right")
 
 
 def fingerprint_of(*parts: Any) -> str:

@@ -24,8 +24,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from ddp_stream.sources.base import fingerprint_of
-from ddp_stream.sources.files import file_identity
+from ddp_stream.sources.paths import stamp_of
 
 WAIT_S = 3600.0
 """How long a process waits for another one that makes what it needs."""
@@ -49,11 +48,6 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddp_stream"
 
 
-def cache_key(paths: Sequence[str], *parts: Any) -> str:
-    """A name for what is made from `paths`: another one after any of them was written again."""
-    return fingerprint_of([(file_identity(path), os.stat(path).st_mtime_ns) for path in paths], *parts)
-
-
 def cached_arrays(paths: Sequence[str], parts: Sequence[Any], what: str, build: Callable[[], Arrays]) -> Arrays:
     """What `build()` returns for `paths`, kept for the next time where it takes long enough to be worth a file.
 
@@ -61,7 +55,7 @@ def cached_arrays(paths: Sequence[str], parts: Sequence[Any], what: str, build: 
     """
     if sum(os.stat(path).st_size for path in paths) < _WORTH_BYTES:
         return build()
-    file = cache_dir() / f"{cache_key(paths, *parts)}.index"
+    file = cache_dir() / f"{stamp_of(paths, *parts)}.index"
     built: Arrays | None = None
 
     def make() -> Arrays:

@@ -7,11 +7,12 @@ What is compressed as one stream has no random access, so the first start reads 
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,12 +23,13 @@ from rich.progress import Progress
 
 from ddp_stream.sources import cache
 from ddp_stream.sources.arrow import BatchSource
-from ddp_stream.sources.base import DataError
+from ddp_stream.sources.base import DataError, fingerprint_of
 from ddp_stream.sources.cache import Arrays, Damaged
 from ddp_stream.sources.csv import Csv
-from ddp_stream.sources.files import CODECS, describe, existing_files
 from ddp_stream.sources.jsonl import JsonLines
-from ddp_stream.sources.text import TextSource
+from ddp_stream.sources.paths import CODECS, describe, existing_files, stamp_of
+from ddp_stream.sources.selection import find_bad_rows
+from ddp_stream.sources.text import OnBadRow, TextSource
 
 _COPY_BYTES = 1 << 20
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
@@ -41,9 +43,9 @@ class _JsonLines(JsonLines):
     keep_index = False
 
 
-TEXTS: dict[str, Callable[[list[str]], TextSource]] = {
+TEXTS: dict[str, Callable[..., TextSource]] = {
     ".csv": _Csv,
-    ".tsv": lambda paths: _Csv(paths, delimiter="\t"),
+    ".tsv": functools.partial(_Csv, delimiter="\t"),
     ".jsonl": _JsonLines,
     ".ndjson": _JsonLines,
 }
@@ -55,16 +57,21 @@ class CompressedText(BatchSource):
     Args:
         paths: the files, in order; all of one format, which their suffixes name (`.csv.gz`, `.jsonl.zst`)
         fill_null: what stands in for a null number; None makes it an error
+        on_bad_row: with `skip`, rows that cannot be read are left out of the Arrow file
 
     Raises:
         DataError: as for plain text; or the cache directory cannot be written.
     """
 
-    def __init__(self, paths: str | Sequence[str], fill_null: float | None = None) -> None:
+    def __init__(
+        self, paths: str | Sequence[str], fill_null: float | None = None, on_bad_row: OnBadRow = "raise"
+    ) -> None:
         files = existing_files(paths)
         self._text = Path(Path(files[0]).stem).suffix.lower()
-        self._file = cache.cache_dir() / f"{cache.cache_key(files, 'CompressedText', self._text)}.arrows"
+        self._rule = on_bad_row, fill_null if on_bad_row == "skip" else None
+        self._file = cache.cache_dir() / f"{stamp_of(files, 'CompressedText', self._text, *self._rule)}.arrows"
         index = self._made(files)
+        self._skipped: Mapping[int, str] = {int(row): why for row, why in cache.from_array(index["bad"]).items()}
         super().__init__(
             files,
             index["rows"].tolist(),
@@ -74,6 +81,13 @@ class CompressedText(BatchSource):
             fill_null,
         )
         self._ends, self._checksums = index["ends"], index["checksums"]
+
+    @property
+    def excluded(self) -> Mapping[int, str]:
+        return self._skipped
+
+    def fingerprint(self) -> str:
+        return fingerprint_of(super().fingerprint(), sorted(self._skipped))
 
     def _open(self, path: str) -> Any:
         first = int(np.searchsorted(self._batch_file, self.paths.index(path)))
@@ -130,14 +144,16 @@ class CompressedText(BatchSource):
                     _decompress(path, file, lambda count: progress.update(task, advance=count))
             progress.update(task, description=f"Reading {describe(files)}", completed=0)
             try:
-                return self._convert(
-                    TEXTS[self._text](plain), lambda done: progress.update(task, completed=done * total)
-                )
+                on_bad_row, fill_null = self._rule
+                text = TEXTS[self._text](plain, fill_null=fill_null, on_bad_row=on_bad_row)
+                bad = find_bad_rows(text) if on_bad_row == "skip" else {}
+                kept = text.without(bad) if bad else text
+                assert isinstance(kept, TextSource)
+                index = self._convert(kept, lambda done: progress.update(task, completed=done * total))
+                bad = {row: _renamed(reason, plain, files) for row, reason in bad.items()}
+                return {**index, "bad": cache.as_array(bad)}
             except DataError as error:
-                message = str(error)
-                for path, temporary in zip(files, plain, strict=True):
-                    message = message.replace(temporary, path)
-                raise DataError(message) from None
+                raise DataError(_renamed(str(error), plain, files)) from None
 
     def _convert(self, text: TextSource, report: Callable[[float], None]) -> Arrays:
         """One record batch for each block of `text`."""
@@ -148,7 +164,8 @@ class CompressedText(BatchSource):
             file.write(schema)
             ends.append(file.tell())
             for block in range(blocks):
-                message = text.read_table(block).combine_chunks().to_batches()[0].serialize()
+                columns = [column.combine_chunks() for column in text.read_rows(block).columns]
+                message = pa.record_batch(columns, schema=text.schema).serialize()
                 file.write(message)
                 ends.append(file.tell())
                 checksums.append(zlib.crc32(message))
@@ -175,6 +192,13 @@ class _Batches:
         if zlib.crc32(message) != self._checksums[index]:
             raise Damaged(f"the checksum of its record batch {index} is wrong")
         return pa.ipc.read_record_batch(message, self._schema)
+
+
+def _renamed(message: str, temporary: Sequence[str], files: Sequence[str]) -> str:
+    """`message` with the names of the compressed files in place of the temporary ones."""
+    for name, path in zip(temporary, files, strict=True):
+        message = message.replace(name, path)
+    return message
 
 
 @contextmanager

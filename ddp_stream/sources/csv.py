@@ -9,11 +9,16 @@ from collections.abc import Sequence
 from datetime import datetime, time
 
 import pyarrow as pa
+import pyarrow.compute as pc_compute
 import pyarrow.csv as pc
 
 from ddp_stream.sources.base import DataError
-from ddp_stream.sources.files import existing_files
-from ddp_stream.sources.text import TextSource
+from ddp_stream.sources.paths import existing_files
+from ddp_stream.sources.selection import search
+from ddp_stream.sources.text import OnBadRow, TextSource
+
+_NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
+_WHOLE_NUMBER = r"^\s*[-+]?\d{1,18}\s*$"
 
 
 class Csv(TextSource):
@@ -25,6 +30,7 @@ class Csv(TextSource):
         paths: the files, in order
         delimiter: what separates fields; by default a tab in `.tsv` files and a comma in others
         fill_null: what stands in for an empty numeric field; None makes it an error
+        on_bad_row: with `skip`, a column in which most values are numbers is one of numbers
     """
 
     quoted = True
@@ -32,17 +38,41 @@ class Csv(TextSource):
     blank = b"\r\n"
 
     def __init__(
-        self, paths: str | Sequence[str], delimiter: str | None = None, fill_null: float | None = None
+        self,
+        paths: str | Sequence[str],
+        delimiter: str | None = None,
+        fill_null: float | None = None,
+        on_bad_row: OnBadRow = "raise",
     ) -> None:
         files = existing_files(paths)
         self.delimiter = delimiter or ("\t" if files[0].lower().endswith(".tsv") else ",")
-        super().__init__(files, (self.delimiter,), fill_null)
+        super().__init__(files, (self.delimiter,), fill_null, on_bad_row)
 
     def _names(self, path: str, first_line: bytes) -> tuple[str, ...]:
         return _header(path, first_line, self.delimiter)
 
     def _common(self, left: pa.Schema, right: pa.Schema, *, one_file: bool) -> pa.Schema | None:
         return _common(left, right, mixed=pa.string() if one_file else None)
+
+    def _types_of_most(self, lines: Sequence[bytes], path: str, names: tuple[str, ...]) -> pa.Schema:
+        def parse(rows: Sequence[int]) -> pa.Table:
+            return self._parse(b"".join(lines[row] for row in rows), path, names, None, 0)
+
+        bad = search(range(len(lines)), parse)
+        good = [row for row in range(len(lines)) if row not in bad]
+        if not good:
+            return pa.schema([(name, pa.null()) for name in names])
+        table = parse(good)
+        fields = []
+        for field in table.schema:
+            column, kind = table.column(field.name), field.type
+            if pa.types.is_string(kind):
+                numbers = column.filter(pc_compute.match_substring_regex(column, _NUMBER))
+                if len(numbers) > len(column) / 2:
+                    whole = pc_compute.all(pc_compute.match_substring_regex(numbers, _WHOLE_NUMBER)).as_py()
+                    kind = pa.int64() if whole else pa.float64()
+            fields.append(pa.field(field.name, kind))
+        return pa.schema(fields)
 
     def _parse(
         self, data: bytes, path: str, names: tuple[str, ...], schema: pa.Schema | None, first_row: int

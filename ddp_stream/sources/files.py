@@ -1,91 +1,26 @@
-"""What the file formats share: paths, identities, and rows that are decoded a block at a time."""
+"""What the formats with blocks share: rows that are decoded a block at a time."""
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import os
 from abc import abstractmethod
-from collections import Counter, OrderedDict
-from collections.abc import Sequence
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from ddp_stream.sources.base import Columns, DataError, Ints, Source, check_columns, fingerprint_of
+from ddp_stream.sources.base import Columns, DataError, Ints, Source, before, check_columns, fingerprint_of, original
+from ddp_stream.sources.decode import decode_column
+from ddp_stream.sources.paths import describe, file_identity, stamp_of
+from ddp_stream.sources.selection import bad_values
 
 CACHE_BYTES = 64 << 20
 """Decoded blocks that a process keeps beyond the ones that its current rows need."""
 
-CODECS = {".gz": "gzip", ".zst": "zstd"}
-"""Suffixes of compressed text, and the names of their codecs in Arrow."""
-_IDENTITY_BYTES = 64 << 10
-
 Block = dict[str, "NDArray[Any] | list[Any]"]
-
-
-def existing_files(paths: str | Sequence[str]) -> list[str]:
-    """`paths` as a list; raises DataError for one that is not a file, or is empty."""
-    files = [paths] if isinstance(paths, str) else list(paths)
-    for path in files:
-        if not Path(path).is_file():
-            raise DataError(f"{path} is not there, or is no file")
-        if Path(path).stat().st_size == 0:
-            raise DataError(f"{path} is empty (0 bytes): there is nothing to train on; remove it, or write it again")
-    if not files:
-        raise DataError("no file was named")
-    return files
-
-
-def suffix_of(path: str | Path) -> str:
-    """`.csv`, or `.csv.gz` where it is compressed."""
-    path = Path(path)
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() + suffix if suffix in CODECS else suffix
-
-
-def expand(path: str, suffixes: Sequence[str]) -> list[str]:
-    """The files that `path` stands for: itself, those of a directory that have one of `suffixes`, or those of a glob.
-
-    Raises:
-        DataError: there is none.
-    """
-    if Path(path).is_dir():
-        inside = sorted(entry for entry in Path(path).iterdir() if entry.is_file() and entry.name[0] not in "._")
-        found = [str(entry) for entry in inside if suffix_of(entry) in suffixes]
-        if not found:
-            seen = ", ".join(entry.name for entry in inside[:5]) or "no files"
-            raise DataError(f"{path} is a directory without a file of a known format ({', '.join(suffixes)}): {seen}")
-        return found
-    if not Path(path).exists() and glob.has_magic(path):
-        found = sorted(name for name in glob.glob(path, recursive=True) if Path(name).name[0] not in "._")
-        if not found:
-            raise DataError(f"{path} matches no file")
-        return found
-    return [path]
-
-
-def describe(paths: Sequence[str]) -> str:
-    """The one file, or the first of how many, for messages."""
-    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-
-
-def file_identity(path: str) -> tuple[str, int, str]:
-    """Name, size in bytes, and a checksum of the first and last 64 KiB: the same for a copy, another for other data.
-
-    The ends hold what formats say about the whole (a Parquet footer, the checksum of a .gz file), and every length. A
-    change in the middle of a longer file that leaves its size and its ends alone goes unnoticed.
-    """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256(file.read(_IDENTITY_BYTES))
-        file.seek(max(file.tell(), size - _IDENTITY_BYTES))
-        digest.update(file.read(_IDENTITY_BYTES))
-    return Path(path).name, size, digest.hexdigest()[:16]
 
 
 class BlockSource(Source):
@@ -112,7 +47,9 @@ class BlockSource(Source):
     ) -> None:
         self.paths = list(paths)
         self.fill_null = fill_null
-        self._offsets = offsets
+        self._offsets = self._whole_offsets = offsets
+        self._dropped = np.zeros(0, np.int64)
+        self._reasons: Mapping[int, str] = {}
         self._block_file = block_file
         self._schema = schema
         self._cache: OrderedDict[int, tuple[Block, int]] = OrderedDict()
@@ -154,14 +91,35 @@ class BlockSource(Source):
     def select(self, columns: Sequence[str]) -> Source:
         check_columns(columns, self.columns, str(self))
         other = type(self).__new__(type(self))
-        other.__dict__.update(self.__getstate__(), _schema=pa.schema([self._schema.field(name) for name in columns]))
+        schema = pa.schema([self._schema.field(name) for name in columns])
+        other.__dict__.update(self.__getstate__(), _schema=schema, _reasons=self._reasons)
         return other
 
     def fingerprint(self) -> str:
-        return fingerprint_of(type(self).__name__, [file_identity(path) for path in self.paths], len(self))
+        files = [file_identity(path) for path in self.paths]
+        return fingerprint_of(type(self).__name__, files, len(self), *self._dropped.tolist())
+
+    def without(self, rows: Mapping[int, str]) -> Source:
+        """The other rows; `rows` says why each is left out. A row left out may hold what cannot be read."""
+        other = type(self).__new__(type(self))
+        ids, reasons = original(rows, self._dropped)
+        other.__dict__.update(
+            self.__getstate__(),
+            _reasons={**self._reasons, **reasons},
+            _dropped=np.union1d(self._dropped, ids),
+        )
+        other._offsets = self._whole_offsets - np.searchsorted(other._dropped, self._whole_offsets)
+        return other
+
+    @property
+    def excluded(self) -> Mapping[int, str]:
+        return self._reasons
+
+    def stamp(self) -> str | None:
+        return stamp_of(self.paths, type(self).__name__, self._schema.names, self.fill_null, self._dropped.tolist())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict(), "_handles": OrderedDict()}
+        return {**self.__dict__, "_cache": OrderedDict(), "_handles": OrderedDict(), "_reasons": {}}
 
     def __str__(self) -> str:
         return describe(self.paths)
@@ -190,7 +148,7 @@ class BlockSource(Source):
         if block in self._cache:
             self._cache.move_to_end(block)
             return self._cache[block][0]
-        table = self._read_block(self._handle(int(self._block_file[block])), block)
+        table = self.read_rows(block)
         expected = int(self._offsets[block + 1] - self._offsets[block])
         path = self.paths[self._block_file[block]]
         if table.num_rows != expected:
@@ -207,10 +165,52 @@ class BlockSource(Source):
             self._cache.popitem(last=False)
         return decoded
 
+    def read_rows(self, block: int) -> pa.Table:
+        """The rows of `block` but for those that are left out."""
+        table = self.read_table(block)
+        dropped = self._dropped_in(block)
+        return table.take(np.delete(np.arange(table.num_rows), dropped)) if len(dropped) else table
+
+    def _dropped_in(self, block: int) -> Ints:
+        """Rows of `block`, counted from its first, that are left out."""
+        start, end = np.searchsorted(self._dropped, self._whole_offsets[block : block + 2])
+        dropped: Ints = self._dropped[start:end] - self._whole_offsets[block]
+        return dropped
+
+    def bad_rows(self, block: int) -> dict[int, str]:
+        """Rows of `block` that cannot be read, by their ids: file, row and reason.
+
+        Raises:
+            DataError: it is not a matter of rows, but of the file or of a whole column.
+        """
+        try:
+            self._block(block)
+            return {}
+        except DataError:
+            found = self._bad_in(block)
+            if not found:
+                raise
+        path, first = self.paths[self._block_file[block]], self._row_in_file(block)
+        in_file = before(np.array(list(found), np.int64), self._dropped_in(block)) + first
+        reasons = (reason.removeprefix(f"{path}: ") for reason in found.values())
+        ids = (int(self._offsets[block]) + row for row in found)
+        return {
+            row: f"{path}, row {place}: {reason}"
+            for row, place, reason in zip(ids, in_file.tolist(), reasons, strict=True)
+        }
+
+    def _bad_in(self, block: int) -> dict[int, str]:
+        """Rows of `block` that cannot be read, counted from the first one that is not left out."""
+        return self._bad_values(self.read_rows(block), block)
+
+    def _bad_values(self, table: pa.Table, block: int) -> dict[int, str]:
+        path = self.paths[self._block_file[block]]
+        return bad_values(table, lambda column, name: decode_column(column, name, path, 0, self.fill_null))
+
     def _row_in_file(self, block: int) -> int:
         """Row of its file at which `block` begins."""
         first_of_file = int(np.searchsorted(self._block_file, self._block_file[block]))
-        return int(self._offsets[block] - self._offsets[first_of_file])
+        return int(self._whole_offsets[block] - self._whole_offsets[first_of_file])
 
     def _handle(self, file: int) -> Any:
         if file not in self._handles:
@@ -242,142 +242,3 @@ def _merge(parts: list[NDArray[Any] | list[Any]], where: list[Ints]) -> NDArray[
         for place, value in zip(places.tolist(), values, strict=True):
             listed[place] = value
     return listed
-
-
-def check_distinct(path: str, names: Sequence[str]) -> None:
-    """Raises DataError if two columns have the same name."""
-    duplicates = sorted(name for name, count in Counter(names).items() if count > 1)
-    if duplicates:
-        raise DataError(f"{path} has more than one column named {', '.join(duplicates)}: rename them in the file")
-
-
-def schema_difference(path: str, found: pa.Schema, first_path: str, first: pa.Schema) -> str:
-    """Which column makes `found` of `path` differ from `first` of `first_path`, as an error message."""
-    rule = "files of one dataset must have the same columns, in the same order"
-    for name in first.names:
-        if name not in found.names:
-            return f"{path} has no column {name!r}, which {first_path} has; {rule}"
-    for name in found.names:
-        if name not in first.names:
-            return f"{path} has a column {name!r}, which {first_path} has not; {rule}"
-    for name in first.names:
-        if found.field(name).type != first.field(name).type:
-            return (
-                f"{path} holds {found.field(name).type} in column {name!r}, where {first_path} holds "
-                f"{first.field(name).type}; {rule}"
-            )
-    return f"{path} has its columns in another order than {first_path}: {found.names} and {first.names}; {rule}"
-
-
-def decode_column(
-    column: pa.ChunkedArray, name: str, path: str, first_row: int, fill_null: float | None
-) -> NDArray[Any] | list[Any]:
-    """An Arrow column as an array (numbers, booleans, lists of one length) or a list (strings, bytes, other lists).
-
-    Timestamps, dates, times and durations become whole numbers in the unit of the file, decimals float64, lists of
-    lists of one length arrays of more dimensions, and a pair of `bytes` and `path`, as Hugging Face keeps an image,
-    its bytes. A null among strings, bytes or lists of them is None.
-
-    Args:
-        column: the values of one block
-        name: the column's name, for errors
-        path: the block's file, for errors
-        first_row: the row of that file at which the block begins, for errors
-        fill_null: stands in for a null number; None makes it an error
-
-    Raises:
-        DataError: a null number with no `fill_null`, or a type that no tensor can hold.
-    """
-    kind = column.type
-    if isinstance(kind, pa.BaseExtensionType):
-        column = pa.chunked_array([chunk.storage for chunk in column.chunks], kind.storage_type)
-        kind = column.type
-    if pa.types.is_dictionary(kind):
-        column = column.cast(kind.value_type)
-        kind = column.type
-    if pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
-        column = pc.struct_field(column, "bytes")
-        kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        try:
-            return list(column.to_pylist())
-        except UnicodeDecodeError as error:
-            row = first_row + next(row for row, value in enumerate(column) if not _is_utf8(value))
-            raise DataError(f"{path}: column {name!r} is no UTF-8 text in row {row} ({error})") from None
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return list(column.to_pylist())
-    if pa.types.is_null(kind):
-        column, kind = column.cast(pa.float32()), pa.float32()
-    if pa.types.is_decimal(kind):
-        column, kind = column.cast(pa.float64()), pa.float64()
-    if (
-        pa.types.is_timestamp(kind)
-        or pa.types.is_date64(kind)
-        or pa.types.is_time64(kind)
-        or pa.types.is_duration(kind)
-    ):
-        column, kind = column.cast(pa.int64()), pa.int64()
-    elif pa.types.is_date32(kind) or pa.types.is_time32(kind):
-        column, kind = column.cast(pa.int32()), pa.int32()
-    if column.null_count:
-        row = first_row + int(pc.index(column.is_null(), pa.scalar(True)).as_py())
-        if fill_null is None or pa.types.is_nested(kind):
-            raise DataError(
-                f"{path}: column {name!r} is null in row {row} ({column.null_count} nulls in the {len(column)} rows from "
-                f"row {first_row}): a tensor has no null; fill it in the file, leave the column out, or choose a value "
-                f"for all nulls with --data.fill_null"
-            )
-        try:
-            value = pa.scalar(bool(fill_null) if pa.types.is_boolean(kind) else fill_null).cast(kind)
-        except pa.ArrowException:
-            raise DataError(
-                f"{path}: column {name!r} is null in row {row}, and is of type {kind}, which cannot hold the value "
-                f"{fill_null} that was chosen for nulls"
-            ) from None
-        column = column.fill_null(value)
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-        return np.ascontiguousarray(column.to_numpy())
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _decode_lists(column, name, path, first_row)
-    raise DataError(
-        f"{path}: column {name!r} is of type {kind}, which no tensor holds; leave it out with --data.columns, or convert "
-        f"it to numbers or strings"
-    )
-
-
-def _is_utf8(value: pa.Scalar) -> bool:
-    try:
-        value.as_py()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _decode_lists(column: pa.ChunkedArray, name: str, path: str, first_row: int) -> NDArray[Any] | list[Any]:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # no chunk, or too much for one
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
-    values = _list_values(array, name, path, first_row)
-    return list(array.to_pylist()) if values is None else values
-
-
-def _list_values(array: pa.Array, name: str, path: str, first_row: int) -> NDArray[Any] | list[Any] | None:
-    """The lists as one array, if they are of one length, or as a list of arrays; None if they must be Python lists."""
-    flat = array.flatten()
-    kind = flat.type
-    if (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)) and len(flat):
-        values = None if flat.null_count else _list_values(flat, name, path, first_row)
-        if not isinstance(values, np.ndarray):
-            return None
-    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-        if flat.null_count:
-            raise DataError(f"{path}: column {name!r} has null inside a list, in the rows from row {first_row}")
-        values = flat.to_numpy(zero_copy_only=False)
-    else:
-        return None
-    lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
-    if len(lengths) and (lengths == lengths[0]).all():
-        return np.ascontiguousarray(values.reshape(len(lengths), int(lengths[0]), *values.shape[1:]))
-    if values.ndim > 1:
-        return None
-    return np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []

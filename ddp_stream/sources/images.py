@@ -68,6 +68,11 @@ class ImageFolder(Source):
         sizes = [os.stat(os.path.join(self.path, file)).st_size for file in self._files]
         return fingerprint_of("ImageFolder", self._files, sizes)
 
+    def stamp(self) -> str | None:
+        stats = [os.stat(os.path.join(self.path, file)) for file in self._files]
+        changed = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        return fingerprint_of("ImageFolder", os.path.abspath(self.path), self._files, changed, self._names)
+
     def __str__(self) -> str:
         return f"{self.path} ({len(self.classes)} classes)"
 

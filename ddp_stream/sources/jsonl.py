@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.json as pj
 
 from ddp_stream.sources.base import DataError
-from ddp_stream.sources.text import TextSource
+from ddp_stream.sources.text import OnBadRow, TextSource
 
 
 class JsonLines(TextSource):
@@ -22,14 +23,17 @@ class JsonLines(TextSource):
     Args:
         paths: the files, in order
         fill_null: what stands in for a null number; None makes it an error
+        on_bad_row: with `skip`, the type of a column is that of most of its values
     """
 
     quoted = False  # a line end inside a string is written \\n
     header = False
     blank = b" \t\r\n"
 
-    def __init__(self, paths: str | Sequence[str], fill_null: float | None = None) -> None:
-        super().__init__(paths, (), fill_null)
+    def __init__(
+        self, paths: str | Sequence[str], fill_null: float | None = None, on_bad_row: OnBadRow = "raise"
+    ) -> None:
+        super().__init__(paths, (), fill_null, on_bad_row)
 
     def _names(self, path: str, first_line: bytes) -> tuple[str, ...]:
         return ()
@@ -42,6 +46,27 @@ class JsonLines(TextSource):
             kind = _wider(*kinds) if len(kinds) == 2 else kinds[0]
             if kind is None:
                 return None
+            fields.append(pa.field(name, kind))
+        return pa.schema(fields)
+
+    def _types_of_most(self, lines: Sequence[bytes], path: str, names: tuple[str, ...]) -> pa.Schema:
+        try:
+            return self._parse(b"".join(lines), path, names, None, 0).schema
+        except DataError:
+            pass
+        seen: dict[str, Counter[pa.DataType]] = {}
+        for line in lines:
+            try:
+                found = _read(line, pj.ParseOptions()).schema
+            except (pa.ArrowException, UnicodeDecodeError):
+                continue
+            for field in found:
+                seen.setdefault(field.name, Counter())[field.type] += 1
+        fields = []
+        for name, kinds in seen.items():
+            kind = pa.null()
+            for other, _ in kinds.most_common():
+                kind = _wider(kind, other) or kind
             fields.append(pa.field(name, kind))
         return pa.schema(fields)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ddp_stream.sources import cache
 from ddp_stream.sources.base import Columns, DataError, Ints, Source, check_columns, fingerprint_of
-from ddp_stream.sources.files import describe, existing_files, file_identity
+from ddp_stream.sources.paths import describe, existing_files, file_identity, stamp_of
 
 _COLUMN = "features"
 _LOCAL_HEADER = 30  # bytes of a zip member's header before its name
@@ -234,7 +234,7 @@ def _stored(path: str) -> str:
                     shutil.copyfileobj(source, target, 1 << 20)
         return str(file)
 
-    file = cache.cache_dir() / f"{cache.cache_key([path], 'Npz')}.npz"
+    file = cache.cache_dir() / f"{stamp_of([path], 'Npz')}.npz"
     try:
         return cache.load_or_make(file, load, make, f"a copy of {path} that is not compressed")
     except (zipfile.BadZipFile, zlib.error) as error:

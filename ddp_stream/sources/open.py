@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ddp_stream.sources.arrow import Arrow
 from ddp_stream.sources.base import DataError, Source
 from ddp_stream.sources.compressed import TEXTS, CompressedText
 from ddp_stream.sources.csv import Csv
-from ddp_stream.sources.files import CODECS, existing_files, expand, suffix_of
 from ddp_stream.sources.images import ImageFolder, has_images
 from ddp_stream.sources.jsonl import JsonLines
 from ddp_stream.sources.npy import Npy, Npz
 from ddp_stream.sources.parquet import Parquet
+from ddp_stream.sources.paths import CODECS, existing_files, expand, suffix_of
+from ddp_stream.sources.selection import skip_bad_rows
 from ddp_stream.sources.tar import WebDataset
+from ddp_stream.sources.text import OnBadRow
 
 FORMATS = {
     ".csv": Csv,
@@ -37,6 +40,7 @@ def open_source(
     path: str | Path | Sequence[str | Path],
     columns: Sequence[str] | None = None,
     fill_null: float | None = None,
+    on_bad_row: OnBadRow = "raise",
 ) -> Source:
     """The source for a file, a directory, a glob, or a list of them, by suffix; several files are laid end to end.
 
@@ -46,11 +50,23 @@ def open_source(
     Args:
         path: what to open
         columns: read these columns only
-        fill_null: what stands in for nulls in numeric columns of text and Parquet files; None makes a null an error
+        fill_null: what stands in for nulls in numeric columns of text, Parquet and Arrow files; None makes a null an error
+        on_bad_row: with `skip`, rows that cannot be read are left out, and `source.excluded` says which and why; to find
+            them, all rows are read once
 
     Raises:
         DataError: nothing there, an unknown or a mixed format, an empty file, differing schemas, an unknown column.
     """
+    source = _open(path, columns, fill_null, on_bad_row)
+    return skip_bad_rows(source) if on_bad_row == "skip" else source
+
+
+def _open(
+    path: str | Path | Sequence[str | Path],
+    columns: Sequence[str] | None,
+    fill_null: float | None,
+    on_bad_row: OnBadRow,
+) -> Source:
     if isinstance(path, (str, Path)) and _is_image_folder(Path(path)):
         folder = ImageFolder(str(path))
         return folder.select(columns) if columns is not None else folder
@@ -66,7 +82,10 @@ def open_source(
     existing_files(files)
     if format_ is Npz:  # arrays of other lengths may lie beside the columns
         return Npz(files, columns)
-    source: Source = format_(files) if format_ in (Npy, WebDataset) else format_(files, fill_null=fill_null)
+    options: dict[str, Any] = {} if format_ in (Npy, WebDataset) else {"fill_null": fill_null}
+    if format_ in (Csv, JsonLines, CompressedText):
+        options["on_bad_row"] = on_bad_row
+    source: Source = format_(files, **options)
     return source.select(columns) if columns is not None else source
 
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddp_stream.sources.base import DataError
-from ddp_stream.sources.files import BlockSource, check_distinct, existing_files, schema_difference
+from ddp_stream.sources.files import BlockSource
+from ddp_stream.sources.paths import check_distinct, existing_files, schema_difference
 
 
 class Parquet(BlockSource):

@@ -12,7 +12,7 @@ import numpy as np
 
 from ddp_stream.sources.base import Column, Columns, DataError, Ints, Source, check_columns, fingerprint_of
 from ddp_stream.sources.cache import Arrays, as_array, cached_arrays, from_array
-from ddp_stream.sources.files import describe, existing_files, file_identity
+from ddp_stream.sources.paths import describe, existing_files, file_identity, stamp_of
 
 KEY = "__key__"
 _BLOCK_BYTES = 4 << 20
@@ -115,6 +115,9 @@ class WebDataset(Source):
 
     def fingerprint(self) -> str:
         return fingerprint_of("WebDataset", [file_identity(path) for path in self.paths], len(self))
+
+    def stamp(self) -> str | None:
+        return stamp_of(self.paths, "WebDataset", self._names)
 
     def __str__(self) -> str:
         return describe(self.paths)

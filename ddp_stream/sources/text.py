@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from ddp_stream.sources.base import DataError, Ints
 from ddp_stream.sources.cache import Arrays, as_array, cached_arrays
-from ddp_stream.sources.files import BlockSource, check_distinct, describe, existing_files, schema_difference
+from ddp_stream.sources.files import BlockSource
+from ddp_stream.sources.paths import check_distinct, describe, existing_files, schema_difference
+from ddp_stream.sources.selection import search
 
 BLOCK_ROWS = 4096
 _SCAN_BYTES = 4 << 20
@@ -27,6 +29,7 @@ _SAMPLED_BLOCKS = 16
 _NEWLINE, _QUOTE = b'\n"'
 _LONGEST_BLANK = 80
 Bytes = bytes | mmap.mmap
+OnBadRow = Literal["raise", "skip"]
 
 
 class TextSource(BlockSource):
@@ -36,6 +39,7 @@ class TextSource(BlockSource):
         paths: the files, in order
         options: what else decides how they are read
         fill_null: what stands in for a null in a numeric column; None makes a null an error
+        on_bad_row: with `skip`, types are those of most rows, for `skip_bad_rows` to leave out the others
     """
 
     quoted: ClassVar[bool]
@@ -47,10 +51,13 @@ class TextSource(BlockSource):
     keep_index: ClassVar[bool] = True
     """Keep the index in the cache."""
 
-    def __init__(self, paths: str | Sequence[str], options: Sequence[Any], fill_null: float | None) -> None:
+    def __init__(
+        self, paths: str | Sequence[str], options: Sequence[Any], fill_null: float | None, on_bad_row: OnBadRow
+    ) -> None:
         files = existing_files(paths)
+        self.on_bad_row = on_bad_row
         if self.keep_index:
-            parts = (type(self).__name__, BLOCK_ROWS, *options)
+            parts = (type(self).__name__, BLOCK_ROWS, on_bad_row, *options)
             index = cached_arrays(files, parts, f"the index of {describe(files)}", lambda: self._index(files))
         else:
             index = self._index(files)
@@ -77,6 +84,10 @@ class TextSource(BlockSource):
     def _common(self, left: pa.Schema, right: pa.Schema, *, one_file: bool) -> pa.Schema | None:
         """The schema that holds the values of both, from blocks of one file or of two; None if there is none."""
 
+    @abstractmethod
+    def _types_of_most(self, lines: Sequence[bytes], path: str, names: tuple[str, ...]) -> pa.Schema:
+        """The types that hold for most of `lines`."""
+
     def _open(self, path: str) -> Any:
         return map_file(path)
 
@@ -84,6 +95,44 @@ class TextSource(BlockSource):
         start, end = self._byte_ranges[block].tolist()
         path = self.paths[self._block_file[block]]
         return self._parse(handle[start:end], path, self._all_names, self._schema, self._row_in_file(block))
+
+    def read_rows(self, block: int) -> pa.Table:
+        dropped = self._dropped_in(block)
+        if len(dropped) == 0:
+            return self.read_table(block)
+        lines = np.delete(np.array(self._block_lines(block), object), dropped)
+        return self._parse_lines(lines.tolist(), block, 0) if len(lines) else self._schema.empty_table()
+
+    def _block_lines(self, block: int) -> list[bytes]:
+        """The lines of `block` that are rows, those that are left out included."""
+        start, end = self._byte_ranges[block].tolist()
+        file = int(self._block_file[block])
+        return self._split(self._handle(file)[start:end], self.paths[file])
+
+    def _split(self, data: bytes, path: str) -> list[bytes]:
+        portions = self._lines(data, path)
+        return [data[start:end] for part in portions for start, end in zip(*(a.tolist() for a in part), strict=True)]
+
+    def _parse_lines(self, lines: Sequence[bytes], block: int, row: int) -> pa.Table:
+        path = self.paths[self._block_file[block]]
+        first = self._row_in_file(block) + row
+        table = self._parse(b"".join(lines), path, self._all_names, self._schema, first)
+        if table.num_rows != len(lines):
+            raise DataError(f"{path}: {len(lines)} lines from row {first} on hold {table.num_rows} rows")
+        return table
+
+    def _bad_in(self, block: int) -> dict[int, str]:
+        lines = self._block_lines(block)
+        kept = np.delete(np.arange(len(lines)), self._dropped_in(block))
+        lines = [lines[place] for place in kept.tolist()]
+        bad = search(
+            range(len(lines)), lambda rows: self._parse_lines(lines[rows.start : rows.stop], block, rows.start)
+        )
+        good = [row for row in range(len(lines)) if row not in bad]
+        if good:
+            wrong = self._bad_values(self._parse_lines([lines[row] for row in good], block, 0), block)
+            bad |= {good[row]: reason for row, reason in wrong.items()}
+        return dict(sorted(bad.items()))
 
     def _index(self, files: list[str]) -> Arrays:
         """Byte ranges `[blocks, 2]` and the file of every block, the rows before it, and the common schema."""
@@ -178,7 +227,11 @@ class TextSource(BlockSource):
         schema = pa.schema([(name, pa.null()) for name in names])
         if len(starts) == 1:
             return schema
-        for block in np.unique(np.linspace(0, len(starts) - 2, _SAMPLED_BLOCKS).astype(np.int64)).tolist():
+        blocks = np.unique(np.linspace(0, len(starts) - 2, _SAMPLED_BLOCKS).astype(np.int64)).tolist()
+        if self.on_bad_row == "skip":
+            parts = [self._split(data[starts[block] : starts[block + 1]], path) for block in blocks]
+            return self._types_of_most([line for part in parts for line in part], path, names)
+        for block in blocks:
             found = self._parse(data[starts[block] : starts[block + 1]], path, names, None, block * BLOCK_ROWS).schema
             common = self._common(schema, found, one_file=True)
             if common is None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ddp_stream.sources.base import Columns, DataError, Ints, Source, fingerprint_of
 from ddp_stream.sources.cache import Arrays, cached_arrays
-from ddp_stream.sources.files import describe, existing_files, expand, file_identity
+from ddp_stream.sources.paths import describe, existing_files, expand, file_identity
 
 _SCAN_TOKENS = 8 << 20
 

@@ -30,6 +30,7 @@ from ddp_stream.sources import (
 )
 from ddp_stream.sources import files as files_module
 from ddp_stream.sources import text as text_module
+from ddp_stream.sources.paths import file_identity
 
 
 @pytest.fixture(autouse=True)
@@ -897,7 +898,7 @@ def test_a_fingerprint_is_that_of_the_bytes_and_not_of_the_clock():
             content = bytearray(Path(path).read_bytes())
             content[index] ^= 1  # as many bytes
             write(f"copy/{path}", bytes(content))
-            assert files_module.file_identity(f"copy/{path}") != files_module.file_identity(path)
+            assert file_identity(f"copy/{path}") != file_identity(path)
 
 
 def test_the_ends_of_a_long_file_tell_it_from_another():
@@ -908,7 +909,7 @@ def test_the_ends_of_a_long_file_tell_it_from_another():
         if changed is not None:
             content[changed] = 1
         write("long.npy", bytes(content))
-        identities.append(files_module.file_identity("long.npy"))
+        identities.append(file_identity("long.npy"))
     assert len(set(identities)) == 5
 
 
