@@ -81,12 +81,15 @@ def _initialised_ranks() -> tuple[int, int] | None:
 def _environment_ranks(environ: Mapping[str, str]) -> tuple[int, int]:
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _pair(environ, "RANK", "WORLD_SIZE")
-    if _inside_slurm_step(environ):
+    if numbered_by_slurm(environ):
         return _pair(environ, "SLURM_PROCID", "SLURM_NTASKS")
     return 0, 1
 
 
-def _inside_slurm_step(environ: Mapping[str, str]) -> bool:
+def numbered_by_slurm(environ: Mapping[str, str]) -> bool:
+    """Whether this process is a task of a Slurm step, and no other launcher stands between."""
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        return False
     step = environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", ""))
     return "SLURM_PROCID" in environ and step.isdigit() and int(step) < _FIRST_SPECIAL_SLURM_STEP
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp_stream.batch import Batch
 from ddp_stream.dataset import die_with_parent
 from ddp_stream.order import mix
-from ddp_stream.topology import Topology
+from ddp_stream.topology import Topology, numbered_by_slurm
 from ddp_stream.training.network import interface_to_head
 from ddp_stream.training.task import Task
 
@@ -273,8 +273,8 @@ def make_engine(name: str, timeout_s: float) -> Engine:
         interface = interface_to_head(os.environ)
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()  # torchrun's agent; killed, it would leave its ranks behind
+    if "TORCHELASTIC_RUN_ID" in os.environ or numbered_by_slurm(os.environ):
+        die_with_parent()  # torchrun's agent, or Slurm's step daemon; killed, it would leave its ranks behind
     return AccelerateEngine(timeout_s) if name == "accelerate" else DdpEngine(timeout_s)
 
 
@@ -286,6 +286,11 @@ def check_launcher(environ: Mapping[str, str]) -> None:
         raise WorldError(
             f"DDP_STREAM_WORLD_SIZE={promised} processes were promised by the launcher, but this one finds "
             f"WORLD_SIZE={world_size}: some did not start, or do not know of each other; check the launcher's settings"
+        )
+    if numbered_by_slurm(environ) and world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
+        raise WorldError(
+            f"srun started {world_size} tasks, but MASTER_ADDR and MASTER_PORT do not say where they meet: submit "
+            f"slurm/srun.sbatch, which sets both, or export the first node's address and a free port on it"
         )
     # `accelerate launch` sets these for several processes, and RANK only in processes that it starts side by side.
     if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_ADDR" in environ and "WORLD_SIZE" not in environ:

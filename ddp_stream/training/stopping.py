@@ -27,14 +27,17 @@ class StopRequest:
     Args:
         run_dir: where a file named `STOP` asks to stop
         max_minutes: minutes from now; None sets no limit
-        environ: `SLURM_JOB_END_TIME`, if there, is taken with a minute to spare
+        environ: `SLURM_JOB_END_TIME`, if there, is taken with a minute to spare; `DDP_STREAM_STOP_FILE` names one more
+            file that asks to stop, and may hold the reason
     """
 
     def __init__(self, run_dir: Path, max_minutes: float | None, environ: Mapping[str, str]) -> None:
         self.reason: str | None = None
         self.asked_at: float | None = None
         """When this rank got a signal, by `time.monotonic()`."""
-        self._file = run_dir / "STOP"
+        self._files = [run_dir / "STOP"]
+        if environ.get("DDP_STREAM_STOP_FILE"):
+            self._files.append(Path(environ["DDP_STREAM_STOP_FILE"]))
         self._limits: list[tuple[float, str]] = []
         if max_minutes is not None:
             self._limits.append((time.time() + 60 * max_minutes, f"max_minutes={max_minutes:g} are over"))
@@ -67,6 +70,11 @@ class StopRequest:
             over = [reason for end, reason in self._limits if now >= end]
             if over:
                 self.reason = over[0]
-            elif self._file.exists():
-                self.reason = f"{self._file.name} file in {os.fspath(self._file.parent)}"
+            else:
+                self.reason = next((_reason(path) for path in self._files if path.exists()), None)
         return self.reason is not None
+
+
+def _reason(file: Path) -> str:
+    lines = file.read_text().splitlines()
+    return lines[0] if lines else f"{file.name} file in {os.fspath(file.parent)}"

@@ -33,7 +33,7 @@ def train(config: TrainConfig, config_yaml: str = "") -> Result:
             path = Path(config.run.dir)
             path.mkdir(parents=True, exist_ok=True)
             (path / "status.json").unlink(missing_ok=True)
-            _report_failure(error, RunDir(path, int(os.environ.get("RANK", "0"))), 0)
+            _report_failure(error, RunDir(path, int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))), 0)
         raise
     rank = engine.topology.rank
     run = RunDir(engine.from_rank_0(choose_run_dir(config.run.dir, os.environ)), rank)
@@ -56,7 +56,8 @@ def train(config: TrainConfig, config_yaml: str = "") -> Result:
 
 def _report_failure(error: BaseException, run: RunDir, step: int) -> None:
     """Say on stderr and in `status.json` which rank failed where; the first of several ranks is believed."""
-    where = f"rank {run.rank} on {socket.gethostname()}, step {step}"
+    host = os.environ.get("SLURMD_NODENAME", socket.gethostname())  # as the batch log and scontrol call it
+    where = f"rank {run.rank} on {host}, step {step}"
     if "Timed out waiting" in str(error):  # gloo's words; nccl ends the process itself
         where += ", another rank did not come within --timeout_s (its own lines, or py-spy dump, say where it is)"
     if not isinstance(error, ProofError):

@@ -21,7 +21,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.rglob("*.sh"))
-SHELL_FILES = sorted([*SCRIPTS, *LAUNCH.rglob("*.bash"), *ROOT.glob("slurm/**/*.sh"), *ROOT.glob("slurm/**/*.sbatch")])
+SHELL_FILES = sorted([*SCRIPTS, *LAUNCH.rglob("*.bash"), *(ROOT / "slurm").iterdir()])
 YAMLS = sorted((LAUNCH / "accelerate").iterdir())
 CONFIGS = ["cpu_gloo", "multi_gpu", "multi_node", "one_gpu"]
 
