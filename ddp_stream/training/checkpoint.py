@@ -43,6 +43,7 @@ from ddp_stream.training.manifest import (
 )
 
 _LEFTOVER = ".unfinished-"
+_WAY_OUT = "; the checkpoints before it are untouched: free some space, or give another --run.dir"
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 # A single process saves and loads without torch.distributed, and knows it.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -214,7 +215,7 @@ class Checkpoints:
     def _write(self, target: Path, step: int, tensors: dict[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         started = time.monotonic()
         unfinished = self.folder / f"{_LEFTOVER}{target.name}"
-        self._on_rank_0(lambda: make_empty(unfinished), f"begin a checkpoint in {self.folder}")
+        self._on_rank_0(lambda: make_empty(unfinished), f"begin a checkpoint in {self.folder}", _WAY_OUT)
         files = HashingFileSystem()
         try:
             # One process alone writes without torch.distributed.
@@ -227,8 +228,8 @@ class Checkpoints:
         except (CheckpointException, OSError) as error:
             self._on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True), "clean up")
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder} ({_first_failure(error)}); the "
-                f"ones before it are untouched: free some space, or give another --run.dir"
+                f"the checkpoint of step {step} could not be written to {self.folder} ({_first_failure(error)})"
+                f"{_WAY_OUT}"
             ) from error
         manifests = self._engine.from_all_ranks(files.written, self._group)
         manifest = {name: entry for written in manifests for name, entry in sorted(written.items())}
@@ -237,7 +238,7 @@ class Checkpoints:
             for _, action in self.publish_steps(unfinished, target, state, manifest):
                 action()
 
-        self._on_rank_0(publish, f"publish the checkpoint of step {step}")
+        self._on_rank_0(publish, f"publish the checkpoint of step {step}", _WAY_OUT)
         self._published.append((step, time.monotonic() - started))
 
     def _writer(self, unfinished: Path, files: FileSystem) -> HuggingFaceStorageWriter:
@@ -283,7 +284,7 @@ class Checkpoints:
         for leftover in self.folder.glob(f"{_LEFTOVER}*"):
             shutil.rmtree(leftover)
 
-    def _on_rank_0(self, action: Callable[[], None], what: str) -> None:
+    def _on_rank_0(self, action: Callable[[], None], what: str, way_out: str = "") -> None:
         """Run `action` on rank 0; if it fails there, every rank raises."""
         wrong: str | None = None
         if self._engine.topology.rank == 0:
@@ -293,7 +294,7 @@ class Checkpoints:
                 wrong = str(error)
         wrong = self._engine.from_rank_0(wrong, self._group)
         if wrong is not None:
-            raise CheckpointError(f"rank 0 could not {what}: {wrong}")
+            raise CheckpointError(f"rank 0 could not {what}: {wrong}{way_out}")
 
 
 def _first_failure(error: BaseException) -> str:

@@ -60,6 +60,9 @@ class RunDir:
             OSError: the directory cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        for name in ("config.yaml", "status.json"):
+            for unfinished in self.path.glob(f".{name}.*"):  # by a process that was killed over it
+                unfinished.unlink()
         events = read_metrics(self.path / "metrics.jsonl")
         self.attempt = sum(event.get("event") == "start" for event in events)
         (self.path / "status.json").unlink(missing_ok=True)
@@ -144,5 +147,9 @@ def open_lines(path: Path) -> IO[str]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
