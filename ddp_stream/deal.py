@@ -21,7 +21,7 @@ from ddp_stream.loader import StreamLoader, row_bytes, steps_per_message
 from ddp_stream.order import Order
 from ddp_stream.partition import shard_bounds, shard_of, span_starts, span_worker
 from ddp_stream.sources.base import Columns, Ints, Source
-from ddp_stream.sources.files import CACHE_BYTES
+from ddp_stream.sources.decoded import CACHE_BYTES
 
 
 class Imagined(Source):
@@ -219,10 +219,9 @@ class Deal:
                     rows = int(self._blocks[block + 1] - self._blocks[block])
                     decoded += rows
                     kept[block] = rows * self.row_bytes
-                    while len(kept) > len(touched) and sum(kept.values()) > CACHE_BYTES:
-                        kept.popitem(last=False)
-                else:
-                    kept.move_to_end(block)
+                kept.move_to_end(block)
+            while len(kept) > len(touched) and sum(kept.values()) > CACHE_BYTES:
+                kept.popitem(last=False)
             asked += part.rows.size
             if asked >= most_rows:
                 break

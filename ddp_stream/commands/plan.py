@@ -15,7 +15,7 @@ from ddp_stream.deal import Deal, Imagined, foreseen
 from ddp_stream.loader import StreamLoader
 from ddp_stream.simulate import simulate
 from ddp_stream.sources import Source
-from ddp_stream.sources.files import CACHE_BYTES
+from ddp_stream.sources.decoded import CACHE_BYTES
 from ddp_stream.topology import Topology
 from ddp_stream.training.config import TrainConfig
 from ddp_stream.training.data import make_loader, make_source

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ddp_stream.sources.base import Columns, DataError, Ints, Source, fingerprint_of
 from ddp_stream.sources.decode import decode_column
-from ddp_stream.sources.files import CACHE_BYTES, BlockSource
+from ddp_stream.sources.decoded import CACHE_BYTES
+from ddp_stream.sources.files import BlockSource
 from ddp_stream.sources.paths import check_distinct, existing_files, schema_difference
 from ddp_stream.sources.selection import Excluding
 
@@ -119,6 +120,9 @@ class BatchSource(BlockSource):
             for block in np.unique(np.searchsorted(self._offsets, rows, side="right") - 1).tolist():
                 self._block(block)  # says file and row
             raise
+
+    def ahead(self, rows: Ints) -> None:
+        """Nothing: batches are taken from where they lie."""
 
     def without(self, rows: Mapping[int, str]) -> Source:
         return Excluding(self, rows)

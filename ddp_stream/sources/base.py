@@ -37,6 +37,9 @@ class Source(ABC):
     def take(self, rows: Ints) -> Columns:
         """The rows with ids `rows [n]`, in that order: each column a tensor, array or list of length `n`."""
 
+    def ahead(self, rows: Ints) -> None:  # noqa: B027  (a hint, which most sources have no use for)
+        """`rows` are taken soon: begin to read them, beside what the caller does."""
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the columns."""
@@ -84,6 +87,9 @@ class _Selected(Source):
     def take(self, rows: Ints) -> Columns:
         taken = self._source.take(rows)
         return {name: taken[name] for name in self._columns}
+
+    def ahead(self, rows: Ints) -> None:
+        self._source.ahead(rows)
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -10,17 +10,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from ddp_stream.sources.base import Columns, DataError, Ints, Source, before, check_columns, fingerprint_of, original
 from ddp_stream.sources.decode import decode_column
+from ddp_stream.sources.decoded import Block, DecodedBlocks, gather
 from ddp_stream.sources.paths import describe, file_identity, stamp_of
 from ddp_stream.sources.selection import bad_values
-
-CACHE_BYTES = 64 << 20
-"""Decoded blocks that a process keeps beyond the ones that its current rows need."""
-
-Block = dict[str, "NDArray[Any] | list[Any]"]
 
 
 class BlockSource(Source):
@@ -51,8 +46,9 @@ class BlockSource(Source):
         self._dropped = np.zeros(0, np.int64)
         self._reasons: Mapping[int, str] = {}
         self._block_file = block_file
+        self._block_rows = _equal_size(offsets)
         self._schema = schema
-        self._cache: OrderedDict[int, tuple[Block, int]] = OrderedDict()
+        self._decoded: DecodedBlocks | None = None
         self._handles: OrderedDict[int, Any] = OrderedDict()
         self._pid = os.getpid()
 
@@ -109,6 +105,7 @@ class BlockSource(Source):
             _dropped=np.union1d(self._dropped, ids),
         )
         other._offsets = self._whole_offsets - np.searchsorted(other._dropped, self._whole_offsets)
+        other._block_rows = _equal_size(other._offsets)
         return other
 
     @property
@@ -119,35 +116,48 @@ class BlockSource(Source):
         return stamp_of(self.paths, type(self).__name__, self._schema.names, self.fill_null, self._dropped.tolist())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict(), "_handles": OrderedDict(), "_reasons": {}}
+        return {**self.__dict__, "_decoded": None, "_handles": OrderedDict(), "_reasons": {}}
 
     def __str__(self) -> str:
         return describe(self.paths)
 
     def take(self, rows: Ints) -> Columns:
         if len(rows) == 0:
-            rows = np.zeros(0, np.int64)
             return {name: values[:0] for name, values in self._block(0).items()} if len(self) else {}
-        block = np.searchsorted(self._offsets, rows, side="right") - 1
-        touched, counts = np.unique(block, return_counts=True)
-        if len(touched) == 1:
-            decoded = self._block(int(touched[0]), keep=1)
-            local = rows - self._offsets[touched[0]]
-            return {name: gather_block(values, local) for name, values in decoded.items()}
-        by_block = np.split(np.argsort(block, kind="stable"), np.cumsum(counts)[:-1])
-        blocks = [self._block(int(index), keep=len(touched)) for index in touched]
-        local = [rows[where] - self._offsets[index] for where, index in zip(by_block, touched, strict=True)]
-        return {
-            name: _merge([gather_block(decoded[name], at) for decoded, at in zip(blocks, local, strict=True)], by_block)
-            for name in self._schema.names
-        }
+        block, touched = self._touched(rows)
+        columns, starts = self._blocks().join(touched.tolist())
+        # From a row to its place in the joined columns it is the same way for all rows of a block.
+        way = np.zeros(int(touched[-1] - touched[0]) + 1, np.int64)
+        way[touched - touched[0]] = starts - self._offsets[touched]
+        places = way.take(block - touched[0])
+        places += rows
+        return {name: gather(values, places) for name, values in columns.items()}
 
-    def _block(self, block: int, keep: int = 1) -> Block:
-        if self._pid != os.getpid():  # after a fork: the parent's handles and their file positions are not ours
-            self._handles, self._pid = OrderedDict(), os.getpid()
-        if block in self._cache:
-            self._cache.move_to_end(block)
-            return self._cache[block][0]
+    def ahead(self, rows: Ints) -> None:
+        if len(rows):
+            self._blocks().ahead(self._touched(rows)[1].tolist())
+
+    def _touched(self, rows: Ints) -> tuple[Ints, Ints]:
+        """The block of each of `rows [n]`, and those blocks in rising order."""
+        if self._block_rows is not None:
+            block = rows // self._block_rows
+        else:
+            block = np.searchsorted(self._offsets, rows, side="right") - 1
+        first = int(block.min())
+        seen = np.zeros(int(block.max()) - first + 1, np.bool_)
+        seen[block - first] = True
+        return block, np.flatnonzero(seen) + first
+
+    def _blocks(self) -> DecodedBlocks:
+        if self._decoded is None or self._pid != os.getpid():
+            # After a fork the parent's handles, with their positions in files, and its thread are not ours.
+            self._handles, self._decoded, self._pid = OrderedDict(), DecodedBlocks(self._decode_block), os.getpid()
+        return self._decoded
+
+    def _block(self, block: int) -> Block:
+        return self._blocks().get(block)
+
+    def _decode_block(self, block: int) -> tuple[Block, int, int]:
         table = self.read_rows(block)
         expected = int(self._offsets[block + 1] - self._offsets[block])
         path = self.paths[self._block_file[block]]
@@ -160,10 +170,7 @@ class BlockSource(Source):
             name: decode_column(table.column(name), name, path, self._row_in_file(block), self.fill_null)
             for name in self._schema.names
         }
-        self._cache[block] = (decoded, table.nbytes)
-        while len(self._cache) > keep and sum(size for _, size in self._cache.values()) > CACHE_BYTES:
-            self._cache.popitem(last=False)
-        return decoded
+        return decoded, expected, table.nbytes
 
     def read_rows(self, block: int) -> pa.Table:
         """The rows of `block` but for those that are left out."""
@@ -221,24 +228,9 @@ class BlockSource(Source):
         return self._handles[file]
 
 
-def gather_block(values: NDArray[Any] | list[Any], local: Ints) -> NDArray[Any] | list[Any]:
-    """Values at `local` rows of a decoded block."""
-    if isinstance(values, list):
-        return [values[row] for row in local.tolist()]
-    return values.take(local, axis=0)
-
-
-def _merge(parts: list[NDArray[Any] | list[Any]], where: list[Ints]) -> NDArray[Any] | list[Any]:
-    """One column of the values in `parts`, each at its places `where`; an array if all parts are, of one shape."""
-    rows = sum(map(len, where))
-    arrays = [part for part in parts if not isinstance(part, list)]
-    if len(arrays) == len(parts) and len({part.shape[1:] for part in arrays}) == 1:
-        merged = np.empty((rows, *arrays[0].shape[1:]), arrays[0].dtype)
-        for part, places in zip(arrays, where, strict=True):
-            merged[places] = part
-        return merged
-    listed: list[Any] = [None] * rows
-    for values, places in zip(parts, where, strict=True):
-        for place, value in zip(places.tolist(), values, strict=True):
-            listed[place] = value
-    return listed
+def _equal_size(offsets: Ints) -> int | None:
+    """Rows of a block where all have as many, but perhaps fewer in the last; None where they differ."""
+    sizes = np.diff(offsets)
+    if len(sizes) and (sizes[:-1] == sizes[0]).all() and 0 < sizes[-1] <= sizes[0]:
+        return int(sizes[0])
+    return None

@@ -65,6 +65,9 @@ class Excluding(Source):
     def take(self, rows: Ints) -> Columns:
         return self._source.take(before(rows, self._dropped))
 
+    def ahead(self, rows: Ints) -> None:
+        self._source.ahead(before(rows, self._dropped))
+
     @property
     def columns(self) -> tuple[str, ...]:
         return self._source.columns

@@ -38,6 +38,9 @@ class Transformed(Source):
         check_taken(columns, len(rows), f"the transform {name_of(self._transform)} of {self._source}")
         return columns
 
+    def ahead(self, rows: Ints) -> None:
+        self._source.ahead(rows)
+
     @property
     def columns(self) -> tuple[str, ...]:
         if self._names is None:

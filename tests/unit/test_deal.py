@@ -168,7 +168,7 @@ def test_a_simulation_of_a_wrong_plan(whole, monkeypatch):
 
 def test_decoded_blocks_are_those_that_the_source_decodes(tmp_path, monkeypatch):
     monkeypatch.setattr(ddp_stream.deal, "CACHE_BYTES", 3000)
-    monkeypatch.setattr("ddp_stream.sources.files.CACHE_BYTES", 3000)
+    monkeypatch.setattr("ddp_stream.sources.decoded.CACHE_BYTES", 3000)
     pa.parquet.write_table(pa.table({"x": np.arange(4000.0)}), tmp_path / "rows.parquet", row_group_size=100)
     counted = []
     real = Parquet._read_block
@@ -180,7 +180,7 @@ def test_decoded_blocks_are_those_that_the_source_decodes(tmp_path, monkeypatch)
         deal.row_bytes = 8  # as decoded
         loader.reader.span_steps = deal.span_steps(1)
         counted.clear()
-        source._cache.clear()  # of the row that the deal looked at
+        source._decoded = None  # of the row that the deal looked at
         asked = sum(len(span.rows) for span in loader.reader.spans(0, 0, 0, 1))
         assert deal.decoded(1, 0, 10**9) == (asked, 100 * len(counted))
 

@@ -28,7 +28,7 @@ from ddp_stream.sources import (
     TorchDataset,
     open_source,
 )
-from ddp_stream.sources import files as files_module
+from ddp_stream.sources import decoded as decoded_module
 from ddp_stream.sources import text as text_module
 from ddp_stream.sources.paths import file_identity
 
@@ -840,13 +840,13 @@ def test_the_cache_gives_back_what_it_keeps(monkeypatch):
     for _ in range(3):
         read(source)
     assert decoded == list(range(10))  # all 10 blocks fit: each is decoded once
-    monkeypatch.setattr(files_module, "CACHE_BYTES", 0)
+    monkeypatch.setattr(decoded_module, "CACHE_BYTES", 0)
     source = Parquet("a.parquet")
     for _ in range(2):
         assert read(source, [5, 95, 15, 25]) == {"x": [5, 95, 15, 25]}
-        assert len(source._cache) == 4  # what one call touches is kept in any case
+        assert len(source._decoded) == 4  # what one call touches is kept in any case
         assert read(source, [50]) == {"x": [50]}
-        assert len(source._cache) == 1
+        assert len(source._decoded) == 1
 
 
 def test_many_files_are_not_all_kept_open():
