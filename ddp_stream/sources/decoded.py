@@ -1,0 +1,109 @@
+"""Decoded blocks in memory: the ones in use, laid end to end, some that were used lately, and the next ones on their way."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddp_stream.sources.base import Ints
+
+CACHE_BYTES = 64 << 20
+"""Decoded blocks that a process keeps beyond the ones that its current rows need."""
+
+Values = NDArray[Any] | list[Any]
+Block = dict[str, Values]
+Decode = Callable[[int], tuple[Block, int, int]]
+"""From the number of a block to its columns, its rows, and its size in bytes."""
+
+
+class DecodedBlocks:
+    """The decoded blocks of one process.
+
+    Args:
+        decode: decodes one block; called by one thread at a time
+    """
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._kept: OrderedDict[int, tuple[Block, int, int]] = OrderedDict()
+        self._coming: dict[int, Future[tuple[Block, int, int]]] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        self._one_at_a_time = threading.Lock()
+        self._joined: tuple[dict[int, int], Block] = ({}, {})
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def ahead(self, blocks: Sequence[int]) -> None:
+        """Begin to decode `blocks` in a thread, if they fit beside what is here."""
+        held = sum(size for _, _, size in self._kept.values())
+        mean = held // len(self._kept) if self._kept else 0
+        for block in blocks:
+            if block in self._kept or block in self._coming:
+                continue
+            if held + (len(self._coming) + 1) * mean > CACHE_BYTES:
+                return
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+            self._coming[block] = self._thread.submit(self._decode_alone, block)
+
+    def get(self, block: int) -> Block:
+        """The columns of one block."""
+        self._fetch([block])
+        return self._kept[block][0]
+
+    def join(self, blocks: Sequence[int]) -> tuple[Block, Ints]:
+        """The columns of `blocks` laid end to end, perhaps among others, and where each of `blocks` begins in them."""
+        starts, columns = self._joined
+        if not all(block in starts and block in self._kept for block in blocks):
+            parts = self._fetch(blocks)
+            ends = np.cumsum([rows for _, rows, _ in parts]).tolist()
+            starts = dict(zip(blocks, [0, *ends[:-1]], strict=True))
+            columns = parts[0][0]
+            if len(parts) > 1:
+                columns = {name: _laid_end_to_end([part[name] for part, _, _ in parts]) for name in columns}
+                # The parts become views, so that nothing is held twice.
+                for block, start, end, (_, rows, size) in zip(blocks, starts.values(), ends, parts, strict=True):
+                    view = {name: values[start:end] for name, values in columns.items()}
+                    self._kept[block] = (view, rows, size)
+            self._joined = (starts, columns)
+        else:
+            for block in blocks:
+                self._kept.move_to_end(block)
+        return columns, np.array([starts[block] for block in blocks], np.int64)
+
+    def _fetch(self, blocks: Sequence[int]) -> list[tuple[Block, int, int]]:
+        for block in blocks:
+            if block not in self._kept:
+                coming = self._coming.pop(block, None)
+                self._kept[block] = self._decode_alone(block) if coming is None else coming.result()
+            self._kept.move_to_end(block)
+        held = sum(size for _, _, size in self._kept.values())
+        while len(self._kept) > len(blocks) and held > CACHE_BYTES:
+            held -= self._kept.popitem(last=False)[1][2]
+        return [self._kept[block] for block in blocks]
+
+    def _decode_alone(self, block: int) -> tuple[Block, int, int]:
+        with self._one_at_a_time:
+            return self._decode(block)
+
+
+def gather(values: Values, rows: Ints) -> Values:
+    """The values at `rows [n]`."""
+    if isinstance(values, list):
+        return [values[row] for row in rows.tolist()]
+    return values.take(rows, axis=0)
+
+
+def _laid_end_to_end(parts: Sequence[Values]) -> Values:
+    """An array if all parts are arrays of one shape of row, else a list."""
+    arrays = [part for part in parts if not isinstance(part, list)]
+    if len(arrays) == len(parts) and len({part.shape[1:] for part in arrays}) == 1:
+        return np.concatenate(arrays)
+    return [value for part in parts for value in part]
