@@ -10,10 +10,10 @@ from typing import NoReturn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from ddp_stream import debugging
-from ddp_stream.commands import audit, checkpoint, demo, plan, train
+from ddp_stream.commands import audit, checkpoint, demo, doctor, plan, train
 from ddp_stream.commands.cli import Parser
 
-COMMANDS = {"train": train, "plan": plan, "audit": audit, "checkpoint": checkpoint, "demo": demo}
+COMMANDS = {"train": train, "plan": plan, "doctor": doctor, "audit": audit, "checkpoint": checkpoint, "demo": demo}
 
 
 def main() -> NoReturn:

@@ -179,10 +179,10 @@ class DdpEngine(Engine):
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.topology = Topology.detect()
-        self.device = _pick_device(self.topology)
+        self.device = pick_device(self.topology)
         if self.topology.world_size > 1 and not dist.is_initialized():
             dist.init_process_group(
-                _backend(self.device),
+                backend_for(self.device),
                 rank=self.topology.rank,
                 world_size=self.topology.world_size,
                 timeout=timedelta(seconds=max(timeout_s, _FIRST_TIMEOUT_S)),
@@ -301,7 +301,12 @@ def check_launcher(environ: Mapping[str, str]) -> None:
         )
 
 
-def _pick_device(topology: Topology) -> torch.device:
+def pick_device(topology: Topology) -> torch.device:
+    """This rank's device, made the current one.
+
+    Raises:
+        WorldError: more ranks on this node than it shows devices.
+    """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     # MPS has no collective operations, so several ranks on a Mac compute on its CPU.
     if accelerator is None or (accelerator.type == "mps" and topology.world_size > 1):
@@ -319,7 +324,8 @@ def _pick_device(topology: Topology) -> torch.device:
     return torch.device(accelerator.type, index)
 
 
-def _backend(device: torch.device) -> str:
+def backend_for(device: torch.device) -> str:
+    """The backends of a process group whose ranks compute on `device`."""
     # Beside the device's own backend always gloo, for the proof's and the run's small tensors on the host.
     if device.type == "cpu":
         return "gloo"

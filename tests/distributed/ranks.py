@@ -40,7 +40,7 @@ SERVER = multiprocessing.get_context("forkserver")
 _SERVER_LOCK = threading.Lock()  # two threads that ask for one exit code would get it once
 SERVER.set_forkserver_preload(
     ["pytest", "accelerate", "torch.distributed.run", "torch._dynamo"]
-    + [f"ddp_stream.commands.{command}" for command in ("audit", "demo", "train")]
+    + [f"ddp_stream.commands.{command}" for command in ("audit", "demo", "doctor", "train")]
 )
 
 
