@@ -8,7 +8,7 @@ they differ, a table of counts (kept where the dataset is small enough) tells wh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,8 @@ class Verdict:
         counted: the two counts are exact; without a table they are the least that explains the digest
         missing_rows: ids of the first few
         duplicate_rows: ids of the first few
+        excluded: rows that were left out of the source on purpose, so that
+            rows + left_out + excluded is the number of rows in the data
     """
 
     rows: int
@@ -95,9 +97,11 @@ class Verdict:
     counted: bool = True
     missing_rows: tuple[int, ...] = ()
     duplicate_rows: tuple[int, ...] = ()
+    excluded: int = 0
 
     def __str__(self) -> str:
         left_out = f", {self.left_out} left out by the plan" if self.left_out else ""
+        left_out += f", {self.excluded} excluded" if self.excluded else ""
         if self.exactly_once:
             return f"{self.rows} rows, each exactly once{left_out}"
         least = "" if self.counted else "at least "
@@ -116,10 +120,12 @@ class Proof:
     Args:
         plan: which rows an epoch has, and which of them its steps reach
         topology: this rank
+        excluded: how many rows are in the data and not in the plan, because they were left out on purpose
     """
 
-    def __init__(self, plan: GlobalBatchPlan, topology: Topology) -> None:
+    def __init__(self, plan: GlobalBatchPlan, topology: Topology, excluded: int = 0) -> None:
         self.plan = plan
+        self._excluded = excluded
         self._topology = topology
         self._whole: Digest | None = None
         self.digest = Digest()
@@ -156,6 +162,9 @@ class Proof:
             order: the epoch's order
             end: lane offset behind the last step; None is the end of the epoch
         """
+        return replace(self._judge(order, end), excluded=self._excluded)
+
+    def _judge(self, order: Order, end: int | None) -> Verdict:
         self._fold()
         end = self.plan.steps() * self.plan.stride if end is None else end
         expected = self._expected(order, end).reduced()

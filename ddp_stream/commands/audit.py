@@ -58,7 +58,7 @@ def run(parser: Parser, arguments: Any) -> int:
     topology = engine.topology
     source = make_source(config.data)
     loader = make_loader(source, config.data, seed=config.seed, topology=topology)
-    proof = Proof(loader.plan, topology)
+    proof = Proof(loader.plan, topology, len(source.excluded))
     right = True
     for epoch in range(config.epochs):
         loader.set_epoch(epoch)
@@ -80,6 +80,7 @@ def run(parser: Parser, arguments: Any) -> int:
             )
             print(
                 f"  rows {verdict.rows}  missing {verdict.missing}  duplicates {verdict.duplicate}  "
+                f"{f'excluded {verdict.excluded}  ' if verdict.excluded else ''}"
                 f"{'exactly once' if verdict.exactly_once else 'NOT exactly once'}"
             )
             if not verdict.exactly_once or verdict.left_out:

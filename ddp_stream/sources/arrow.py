@@ -81,7 +81,7 @@ class BatchSource(BlockSource):
     def _batch(self, batch: int, keep: int = 1) -> pa.RecordBatch:
         """A batch with the columns asked for, as it lies in its file or decompressed."""
         file = int(self._batch_file[batch])
-        handle = self._handle(file)  # also after a fork, which drops what was opened before
+        handle = self._handle(file)
         if batch not in self._batches:
             index = batch - int(np.searchsorted(self._batch_file, file))
             try:
@@ -123,6 +123,10 @@ class BatchSource(BlockSource):
 
     def ahead(self, rows: Ints) -> None:
         """Nothing: batches are taken from where they lie."""
+
+    @property
+    def decodes_blocks(self) -> bool:
+        return bool(self._compressed.any())
 
     def without(self, rows: Mapping[int, str]) -> Source:
         return Excluding(self, rows)

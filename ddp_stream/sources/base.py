@@ -59,6 +59,11 @@ class Source(ABC):
         return _Selected(self, tuple(columns))
 
     @property
+    def decodes_blocks(self) -> bool:
+        """To read a row is to decode the whole block that it is in."""
+        return False
+
+    @property
     def excluded(self) -> Mapping[int, str]:
         """Rows that were left out on purpose and are not counted here: their ids before that, and why."""
         return {}
@@ -100,6 +105,10 @@ class _Selected(Source):
 
     def fingerprint(self) -> str:
         return self._source.fingerprint()
+
+    @property
+    def decodes_blocks(self) -> bool:
+        return self._source.decodes_blocks
 
     @property
     def excluded(self) -> Mapping[int, str]:

@@ -109,6 +109,10 @@ class BlockSource(Source):
         return other
 
     @property
+    def decodes_blocks(self) -> bool:
+        return True
+
+    @property
     def excluded(self) -> Mapping[int, str]:
         return self._reasons
 

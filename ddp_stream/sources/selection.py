@@ -84,6 +84,10 @@ class Excluding(Source):
         return Excluding(self._source.select(columns), self._reasons)
 
     @property
+    def decodes_blocks(self) -> bool:
+        return self._source.decodes_blocks
+
+    @property
     def excluded(self) -> Mapping[int, str]:
         inner = self._source.excluded
         return {**inner, **original(self._reasons, np.array(sorted(inner), np.int64))[1]}

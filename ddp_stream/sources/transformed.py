@@ -54,6 +54,10 @@ class Transformed(Source):
         return self._source.fingerprint()
 
     @property
+    def decodes_blocks(self) -> bool:
+        return self._source.decodes_blocks
+
+    @property
     def excluded(self) -> Mapping[int, str]:
         return self._source.excluded
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ddp_stream.order import Shuffle
 from ddp_stream.partition import Tail
@@ -16,13 +17,19 @@ class DataConfig:
     """Where rows come from, and how they are dealt."""
 
     path: str | None = None
-    """A file, a directory or a glob of CSV, TSV, Parquet or .npy files; by default 1,000 synthetic rows."""
+    """A file, a directory or a glob, in any of the formats of the README; by default 1,000 synthetic rows."""
     source: Source | None = None
     """A source by import path, with its arguments as --data.source.NAME; in place of path."""
     columns: list[str] | None = None
     """Read these columns only; by default those that the task uses."""
     fill_null: float | None = None
     """The value that stands in for nulls in numeric columns; by default a null is an error."""
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    """A row that cannot be read: raise an error, or skip it on all ranks alike; the proof counts it as excluded."""
+    exclude: list[int] | None = None
+    """Ids of rows to leave out; the proof counts them as excluded."""
+    transform: Callable[..., Any] | None = None
+    """A function of a dict of columns, or a class of such, by import path; it runs in the workers, on many rows."""
     global_batch_size: int = 64
     """Rows of one optimizer step over all ranks."""
     micro_batch_size: int | None = None

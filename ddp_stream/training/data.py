@@ -5,10 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from ddp_stream.dataset import Transform
+from ddp_stream.deal import Deal
 from ddp_stream.loader import StreamLoader
-from ddp_stream.sources import Source, SyntheticRegression, open_source
+from ddp_stream.sources import (
+    DataError,
+    Source,
+    SyntheticRegression,
+    decoded,
+    exclude,
+    open_source,
+    skip_bad_rows,
+)
+from ddp_stream.sources.selection import present
+from ddp_stream.sources.transformed import Transformed
 from ddp_stream.topology import Topology
 from ddp_stream.training.config import DataConfig, EvalConfig
+from ddp_stream.training.engine import Engine
 
 
 def make_source(config: DataConfig) -> Source:
@@ -19,18 +31,63 @@ def make_source(config: DataConfig) -> Source:
         DataError: the files cannot be read.
     """
     _check_one(config.path, config.source, "data")
-    if config.path is not None:
-        return open_source(config.path, config.columns, config.fill_null)
     source = SyntheticRegression(1000) if config.source is None else config.source  # an empty source is false, too
-    return source.select(config.columns) if config.columns is not None else source
+    return _prepared(config.path, source, config, config.exclude)
 
 
 def make_eval_source(config: EvalConfig, data: DataConfig) -> Source | None:
-    """The source to evaluate on; None if the configuration names none."""
+    """The source to evaluate on, prepared as the one to train on; None if the configuration names none."""
     _check_one(config.path, config.source, "eval")
-    if config.path is not None:
-        return open_source(config.path, data.columns, data.fill_null)
-    return config.source
+    if config.path is None and config.source is None:
+        return None
+    return _prepared(config.path, config.source, data, None)
+
+
+def _prepared(path: str | None, source: Source | None, config: DataConfig, rows: list[int] | None) -> Source:
+    """Choose columns, leave out rows, transform."""
+    skip = config.on_bad_row == "skip"
+    if path is not None:
+        source = open_source(path, config.columns, config.fill_null, config.on_bad_row)
+    else:
+        assert source is not None
+        source = source.select(config.columns) if config.columns is not None else source
+        source = skip_bad_rows(source) if skip else source
+    if rows is not None:
+        source = exclude(source, present(source, rows))
+    if config.transform is not None:
+        source = Transformed(source, config.transform)
+        source = skip_bad_rows(source) if skip else source
+    return source
+
+
+def check_same_data(source: Source, engine: Engine) -> None:
+    """A collective call; raises DataError if the ranks' sources differ, so that what is trained on would too."""
+    prints = engine.from_all_ranks(source.fingerprint())
+    other = next((rank for rank, seen in enumerate(prints) if seen != prints[0]), None)
+    if other is not None:
+        raise DataError(
+            f"rank 0 and rank {other} see different data in {source} (fingerprints {prints[0]} and {prints[other]}): rows "
+            f"would be lost and repeated; give all machines the same files"
+        )
+
+
+def cost_of_full(loader: StreamLoader) -> str | None:
+    """What the order `full` costs where blocks are decoded whole and do not fit the cache, and what to use instead."""
+    if loader.shuffle != "full" or not loader.source.decodes_blocks:
+        return None
+    deal = Deal(loader, loader.topology.world_size)
+    data = deal.row_bytes * len(loader.source)
+    if data <= decoded.CACHE_BYTES:
+        return None
+    rows = max(1, deal.message_bytes // deal.row_bytes)
+    touched = deal.block_count * (1 - (1 - 1 / deal.block_count) ** rows)
+    times = touched * len(loader.source) / deal.block_count / rows
+    return (
+        f"the order `full` draws rows from all over {loader.source}: a message of {rows:,} rows touches {touched:,.0f} of "
+        f"its {deal.block_count:,} blocks, and these are decoded whole, {times:,.1f} rows for every row used, "
+        f"{touched / deal.block_count * data / 1e6:,.0f} MB at a time in every worker; --data.shuffle blocks decodes each "
+        f"block about once, a few at a time"
+    )
 
 
 def _check_one(path: str | None, source: Source | None, group: str) -> None:

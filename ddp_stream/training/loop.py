@@ -15,10 +15,11 @@ from torch import nn
 from ddp_stream.audit import Proof, Verdict
 from ddp_stream.loader import StreamLoader
 from ddp_stream.sources import Source
+from ddp_stream.sources.transformed import name_of
 from ddp_stream.training import faults
 from ddp_stream.training.checkpoint import Checkpoints
 from ddp_stream.training.config import DataConfig, TrainConfig
-from ddp_stream.training.data import make_eval_source, make_loader, make_source
+from ddp_stream.training.data import check_same_data, cost_of_full, make_eval_source, make_loader, make_source
 from ddp_stream.training.engine import Engine
 from ddp_stream.training.evaluation import evaluate
 from ddp_stream.training.optim import Schedule, make_optimizer
@@ -83,6 +84,8 @@ class Training:
         self.task.setup(source)
         if self.task.columns is not None:
             source = source.select(self.task.columns)
+        check_same_data(source, engine)
+        self.excluded = source.excluded
         self.loader: StreamLoader = self._loader(source, config.data)
         eval_source = make_eval_source(config.eval, config.data)
         self.eval_loader: StreamLoader | None = None
@@ -95,7 +98,7 @@ class Training:
         optimizer = self.task.configure_optimizer(model) or make_optimizer(config.optim, model)
         self.schedule = Schedule(config.optim, optimizer)
         engine.prepare(model, optimizer)
-        self.proof = Proof(self.loader.plan, engine.topology)
+        self.proof = Proof(self.loader.plan, engine.topology, len(self.excluded))
         self.reporter = Reporter(engine, run, config, stop)
         self.checkpoints = Checkpoints(
             run.path / "checkpoints", engine, config.checkpoint.keep, config.checkpoint.async_save
@@ -105,6 +108,7 @@ class Training:
             "data": source.fingerprint(),
             "columns": config.data.columns,
             "fill_null": config.data.fill_null,
+            "transform": None if config.data.transform is None else name_of(config.data.transform),
             "task": _import_path(self.task),
             **{f"optim.{name}": value for name, value in asdict(config.optim).items()},
         }
@@ -131,6 +135,7 @@ class Training:
             engine=self.config.engine,
             device=str(engine.device),
             rows=loader.plan.total,
+            excluded=len(self.excluded),
             steps_per_epoch=len(loader),
             global_batch_size=loader.plan.global_batch_size,
             shuffle=loader.shuffle,
@@ -140,6 +145,8 @@ class Training:
             f"epoch on {engine.topology.world_size} rank(s) x {loader.num_workers} worker(s), shuffle {loader.shuffle}, "
             f"{engine.device}; run directory {run.path}"
         )
+        for text in filter(None, (run.list_excluded(self.excluded), cost_of_full(loader))):
+            self.say(f"note: {text}")
         position = self.resume()
         total_steps = self.step + sum(
             loader.plan.steps(position["offset"] if epoch == position["epoch"] else 0)
@@ -241,6 +248,7 @@ class Training:
             missing=verdict.missing,
             duplicate=verdict.duplicate,
             left_out=verdict.left_out,
+            excluded=verdict.excluded,
             exactly_once=verdict.exactly_once,
             time=time.time(),
         )

@@ -3,6 +3,7 @@
 RUN/config.yaml      the whole resolved configuration; `train --config` takes it back
 RUN/metrics.jsonl    one JSON object a line: start, step, epoch, ...
 RUN/status.json      how it ended: done, preempted or failed
+RUN/excluded.jsonl   rows that were left out on purpose, and why
 RUN/trace/           with `--audit.trace true`: every row id of every step, a file a rank
 RUN/model.safetensors
 """
@@ -79,6 +80,17 @@ class RunDir:
         rows = batch.trained_rows.tolist()
         line = {"attempt": self.attempt, "epoch": batch.epoch, "step": step, "rows": rows}
         self._trace.write(json.dumps(line) + "\n")
+
+    def list_excluded(self, excluded: Mapping[int, str]) -> str | None:
+        """Write which rows are left out and why (rank 0), and return the first few; None if there are none."""
+        if not excluded:
+            return None
+        if self.rank == 0:
+            lines = [json.dumps({"row": row, "reason": reason}) + "\n" for row, reason in sorted(excluded.items())]
+            (self.path / "excluded.jsonl").write_text("".join(lines))
+        first = [f"row {row}: {reason[:100]}" for row, reason in sorted(excluded.items())[:3]]
+        more = ["..."] if len(excluded) > 3 else []
+        return f"{len(excluded)} rows are excluded, see {self.path}/excluded.jsonl ({'; '.join(first + more)})"
 
     def log(self, event: str, **values: Any) -> None:
         """Append an event to `metrics.jsonl` (rank 0 only)."""
