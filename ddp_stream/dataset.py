@@ -7,14 +7,14 @@ import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ddp_stream.batch import as_tensor, pin
+from ddp_stream.batch import as_tensor
+from ddp_stream.message import Packed, Packer, Span
 from ddp_stream.order import BlockLayout, Order, Shuffle, make_order
 from ddp_stream.partition import GlobalBatchPlan, shard_bounds, span_starts
 from ddp_stream.sources.base import Column, Columns, DataError, Ints, Source, check_taken
@@ -23,7 +23,6 @@ from ddp_stream.topology import Topology
 Transform = Callable[[Columns], Columns]
 
 _SAMPLES_AT_ONCE = 1024
-_ALIGNMENT = 64
 
 
 class StreamingDataset(IterableDataset[Any]):
@@ -72,74 +71,6 @@ class StreamingDataset(IterableDataset[Any]):
                 yield sample(columns, index)
 
 
-@dataclass
-class Span:
-    """The consecutive steps that one worker prepared as one message.
-
-    Attributes:
-        epoch: the epoch of all its steps
-        offset: lane offset of its first step
-        steps: how many steps
-        columns: all rows of the span, step after step
-        rows: `[slots * steps]` int64 row ids
-    """
-
-    epoch: int
-    offset: int
-    steps: int
-    columns: dict[str, Any]
-    rows: torch.Tensor
-
-    def pin_memory(self) -> Span:
-        """Called by the DataLoader's pinning thread: one page-locked copy for all steps of the span."""
-        return Span(self.epoch, self.offset, self.steps, pin(self.columns), self.rows)
-
-
-@dataclass
-class PackedSpan:
-    """A span on its way between processes: all tensors in one shared block, for a message costs by the tensor."""
-
-    epoch: int
-    offset: int
-    steps: int
-    layout: list[tuple[str, torch.dtype, torch.Size, int]]
-    block: torch.Tensor
-    others: dict[str, Any]
-
-    @classmethod
-    def pack(cls, span: Span) -> PackedSpan:
-        """Copies the tensors of `span` into one block of shared memory."""
-        tensors = {"": span.rows}
-        others: dict[str, Any] = {}
-        for name, column in span.columns.items():
-            (tensors if isinstance(column, torch.Tensor) else others)[name] = column
-        layout: list[tuple[str, torch.dtype, torch.Size, int]] = []
-        end = 0
-        for name, tensor in tensors.items():
-            layout.append((name, tensor.dtype, tensor.shape, end))
-            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        storage = torch.UntypedStorage._new_shared(max(end, 1))  # type: ignore[no-untyped-call]
-        block = torch.empty(0, dtype=torch.uint8).set_(storage)
-        for (_, dtype, shape, start), tensor in zip(layout, tensors.values(), strict=True):
-            _view(block, dtype, shape, start).copy_(tensor)
-        return cls(span.epoch, span.offset, span.steps, layout, block, others)
-
-    def unpack(self) -> Span:
-        """Views of the block; no copy."""
-        columns = {name: _view(self.block, dtype, shape, start) for name, dtype, shape, start in self.layout}
-        rows = columns.pop("")
-        return Span(self.epoch, self.offset, self.steps, {**columns, **self.others}, rows)
-
-    def pin_memory(self) -> PackedSpan:
-        """One page-locked copy of the block."""
-        return PackedSpan(self.epoch, self.offset, self.steps, self.layout, self.block.pin_memory(), self.others)
-
-
-def _view(block: torch.Tensor, dtype: torch.dtype, shape: torch.Size, start: int) -> torch.Tensor:
-    end = start + shape.numel() * dtype.itemsize
-    return block[start:end].view(dtype).view(shape)
-
-
 class SpanReader(IterableDataset[Any]):
     """Reads the spans of one rank: worker `k` of `K` takes every `K`-th span.
 
@@ -167,6 +98,8 @@ class SpanReader(IterableDataset[Any]):
         self.window_rows = window_rows
         self.transform = transform
         self.span_steps = 1
+        self.loader = 0
+        self._packer: Packer | None = None
         self.position: torch.Tensor = torch.zeros(2, dtype=torch.int64)
         self.position.share_memory_()  # type: ignore[no-untyped-call]
         blocks = getattr(source, "blocks", lambda: None)() if shuffle == "blocks" else None
@@ -198,27 +131,68 @@ class SpanReader(IterableDataset[Any]):
             raise DataError(f"{self.source}: a column has an empty name; give it one")
         return {name: as_tensor(column) for name, column in columns.items()}
 
-    def __iter__(self) -> Iterator[Span | PackedSpan]:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packer": None}
+
+    def __iter__(self) -> Iterator[Span | Packed]:
         # Read the position now, not when the first span is asked for: by then it may be another epoch's.
         epoch, offset = self.position.tolist()
         info = get_worker_info()
         if info is None:
             return self.spans(epoch, offset, 0, 1)
-        return map(PackedSpan.pack, self.spans(epoch, offset, info.id, info.num_workers))
+        if self._packer is None:
+            self._packer = Packer(self.loader, info.id)
+        self._packer.begin()
+        return map(self._packer.pack, self.spans(epoch, offset, info.id, info.num_workers))
 
     def spans(self, epoch: int, offset: int, worker: int, num_workers: int) -> Iterator[Span]:
         """The spans that `worker` of `num_workers` reads from `offset` on."""
         order = self.order(epoch)
-        steps = self.plan.steps(offset)
-        for first in span_starts(steps, self.span_steps, worker, num_workers):
-            start = offset + first * self.plan.stride
-            yield self.span(order, epoch, start, min(self.span_steps, steps - first))
+        # Under `full` the next rows may be anywhere, so that nothing is gained by reading them ahead.
+        ahead = getattr(self.source, "ahead", None) if self.shuffle != "full" else None
+        waiting: tuple[int, int, Ints] | None = None
+        for start, steps in self.starts(offset, worker, num_workers):
+            rows = self.rows(order, start, steps)
+            if ahead is not None:
+                ahead(rows)
+            if waiting is not None:
+                yield self.span(epoch, *waiting)
+            waiting = (start, steps, rows)
+        if waiting is not None:
+            yield self.span(epoch, *waiting)
 
-    def span(self, order: Order, epoch: int, offset: int, steps: int) -> Span:
-        """This rank's slots in `steps` steps from `offset` on."""
-        positions, _ = self.plan.positions(offset, steps, *self.slots)
-        rows = order.rows(positions)
+    def starts(self, offset: int, worker: int, num_workers: int) -> Iterator[tuple[int, int]]:
+        """Offset and steps of every span that `worker` reads from `offset` on.
+
+        Spans are counted from the begin of the epoch, so that they keep to the windows of the order wherever the
+        epoch is gone on with.
+        """
+        stride = self.plan.stride
+        done = -(-offset // stride)
+        steps = done + self.plan.steps(offset)
+        for first in span_starts(steps, self.span_steps, worker, num_workers):
+            start, end = max(first, done), min(first + self.span_steps, steps)
+            if start < end:
+                yield offset + (start - done) * stride, end - start
+
+    def rows(self, order: Order, offset: int, steps: int) -> Ints:
+        """The rows of this rank's slots in `steps` steps from `offset` on, `[slots * steps]`."""
+        return order.rows(self.plan.positions(offset, steps, *self.slots)[0])
+
+    def span(self, epoch: int, offset: int, steps: int, rows: Ints) -> Span:
+        """What is read of `rows`, which are those of `steps` steps from `offset` on."""
         return Span(epoch, offset, steps, self.read(rows), torch.from_numpy(rows))
+
+    @property
+    def window_steps(self) -> int | None:
+        """Steps that just fill a window of the order, or a block of the source where rows come as they lie.
+
+        None if they do not, or if it has neither.
+        """
+        if self.plan.total == 0 or self.shuffle == "full":
+            return None
+        size = self.order(0).window_rows or self._layout.mean_rows
+        return size // self.plan.stride if size % self.plan.stride == 0 else None
 
 
 def start_worker(_: int) -> None:

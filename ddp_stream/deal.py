@@ -58,13 +58,6 @@ class Imagined(Source):
         return f"{self._rows} imagined rows"
 
 
-class _Dry(SpanReader):
-    """Deals the rows without reading them."""
-
-    def read(self, rows: Ints) -> dict[str, Any]:
-        return {}
-
-
 @dataclass(frozen=True)
 class Found:
     """Where rows are in an epoch: arrays `[rows]`, each element for one row."""
@@ -104,10 +97,9 @@ class Deal:
         self.order: Order = loader.order(epoch)
         self.steps = self.plan.steps()
         self.row_bytes = row_bytes(loader.reader) if self.plan.total else 8
-        self.message_bytes = self.span_steps(0) * self.slots(0)[1] * self.row_bytes
         reader = loader.reader
         self._blocks: Ints | None = getattr(reader.source, "blocks", lambda: None)()
-        self._reader = _Dry(
+        self._reader = SpanReader(
             reader.source,
             reader.plan,
             reader.slots,
@@ -116,6 +108,7 @@ class Deal:
             window_rows=reader.window_rows,
             transform=None,
         )
+        self.message_bytes = self.span_steps(0) * self.slots(0)[1] * self.row_bytes
 
     def slots(self, rank: int) -> tuple[int, int]:
         """The slots of every step that `rank` fills, half-open."""
@@ -128,7 +121,7 @@ class Deal:
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  (a plan is made once, and ranks have two sizes at most)
     def _span_steps(self, slots: int) -> int:
-        return steps_per_message(slots, self.row_bytes, self.steps, self.num_workers)
+        return steps_per_message(slots, self.row_bytes, self.steps, self.num_workers, self._reader.window_steps)
 
     def starts(self, rank: int, worker: int) -> range:
         """First steps of the spans that `worker` of `rank` prepares."""
@@ -144,8 +137,7 @@ class Deal:
         """What `rank` reads for `steps` steps from `step` on."""
         reader, stride = self._reader, self.plan.stride
         first, end = reader.slots = self.slots(rank)
-        span = reader.span(self.order, self.epoch, step * stride, steps)
-        rows = span.rows.numpy().reshape(steps, end - first)
+        rows = reader.rows(self.order, step * stride, steps).reshape(steps, end - first)
         filled = np.ones(rows.shape, np.bool_)
         if step + steps == self.steps:  # only the last step may have empty slots
             filled[-1] = self.plan.positions((self.steps - 1) * stride, 1, first, end)[1]

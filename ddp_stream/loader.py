@@ -17,7 +17,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ddp_stream.batch import Batch
-from ddp_stream.dataset import PackedSpan, Span, SpanReader, Transform, start_worker
+from ddp_stream.dataset import SpanReader, Transform, start_worker
+from ddp_stream.message import Packed, Span, Unpacker
 from ddp_stream.order import Order, Shuffle
 from ddp_stream.partition import GlobalBatchPlan, Tail, shard_bounds
 from ddp_stream.sources.base import Source
@@ -25,6 +26,7 @@ from ddp_stream.topology import Topology
 
 MESSAGE_BYTES = 4 << 20
 """Bytes that a worker gathers before it sends them on."""
+_WINDOW_BYTES = 32 << 20
 _MOST_STEPS = 256
 _PREFETCH_FACTOR = 2  # torch's own
 
@@ -120,6 +122,8 @@ class StreamLoader:
                 multiprocessing_context=multiprocessing_context,
                 worker_init_fn=start_worker,
             )
+        self._unpacker = Unpacker()
+        self._reader.loader = self._unpacker.loader
         self._data_loader: DataLoader[Any] | None = None
         self._running: list[Any] = []  # the DataLoader's iterator, which owns the workers
         # Workers ignore SIGTERM, by which multiprocessing would end them at exit, to wait for them for ever. So they
@@ -212,22 +216,26 @@ class StreamLoader:
         if self.plan.steps(offset) > 0:
             self._reader.position.copy_(torch.tensor([epoch, offset]))
             for message in self._messages():
-                span = message.unpack() if isinstance(message, PackedSpan) else message
+                span = self._unpacker.unpack(message) if isinstance(message, Packed) else message
                 for index in range(span.steps):
                     batch = self._cut(span, index)
                     self._epoch, self._offset = epoch, batch.offset + self.plan.stride
                     yield batch
         self._finished = True
 
-    def _messages(self) -> Iterator[Span | PackedSpan]:
+    def _messages(self) -> Iterator[Span | Packed]:
         if self._data_loader is None:
             self._reader.span_steps = steps_per_message(
-                self.slots[1] - self.slots[0], row_bytes(self._reader), len(self), self.num_workers
+                self.slots[1] - self.slots[0],
+                row_bytes(self._reader),
+                len(self),
+                self.num_workers,
+                self._reader.window_steps,
             )
             # A generator of its own, because the DataLoader would otherwise draw from the global one.
             self._data_loader = DataLoader(self._reader, batch_size=None, generator=torch.Generator(), **self._options)
         self._running[:] = [iter(self._data_loader)]
-        iterator: Iterator[Span | PackedSpan] = self._running[0]
+        iterator: Iterator[Span | Packed] = self._running[0]
         return iterator
 
     def _cut(self, span: Span, index: int) -> Batch:
@@ -252,16 +260,23 @@ class StreamLoader:
         )
 
 
-def steps_per_message(slots: int, row_bytes: int, steps: int, num_workers: int) -> int:
-    """Steps of a span: as many as fit `MESSAGE_BYTES`, but few enough that all workers have some in every epoch.
+def steps_per_message(slots: int, row_bytes: int, steps: int, num_workers: int, window_steps: int | None) -> int:
+    """Steps of a span: whole windows of the order, so that no two workers decode the same blocks, if they are not large.
+
+    Else as many as fit `MESSAGE_BYTES`; and few enough that all workers have some in every epoch.
 
     Args:
         slots: this rank's rows of a step
         row_bytes: bytes of one row in a message
         steps: steps of the epoch
         num_workers: this rank's workers
+        window_steps: steps that just fill a window
     """
-    fitting = min(_MOST_STEPS, max(1, MESSAGE_BYTES // (slots * row_bytes)))
+    step_bytes = slots * row_bytes
+    if window_steps is not None and window_steps * step_bytes <= _WINDOW_BYTES:
+        fitting = window_steps * max(1, MESSAGE_BYTES // (window_steps * step_bytes))
+    else:
+        fitting = min(_MOST_STEPS, max(1, MESSAGE_BYTES // step_bytes))
     return max(1, min(fitting, steps // (2 * max(1, num_workers))))
 
 

@@ -113,6 +113,9 @@ class Permutation:
 class Order(ABC):
     """A bijection between the positions of an epoch and the row ids `0..total-1`."""
 
+    window_rows: int | None = None
+    """Positions of a lane that are shuffled among themselves, from its begin on; None if there are no such windows."""
+
     def __init__(self, total: int) -> None:
         self.total = total
 
@@ -202,7 +205,8 @@ class Blocks(Order):
             )
         self._layout = layout
         # A power of two needs no cycle walking.
-        self._window_rows = window_rows or 1 << (BLOCKS_PER_WINDOW * layout.mean_rows - 1).bit_length()
+        self._window: int = window_rows or 1 << (BLOCKS_PER_WINDOW * layout.mean_rows - 1).bit_length()
+        self.window_rows = self._window
         self._lanes = lanes
         self._block_permutation = Permutation(layout.count)
         self._block_key = mix(seed, epoch, 2)
@@ -229,7 +233,7 @@ class Blocks(Order):
         """Permute every position within its window."""
         if self._lanes == 1 and len(positions):
             # Spans of a single lane lie in one window or two, so the keys and sizes are few, and no arrays.
-            window = positions // self._window_rows
+            window = positions // self._window
             first, last = int(window.min()), int(window.max())
             if first == last:
                 return self._shuffle_window(positions, first, inverse)
@@ -244,13 +248,13 @@ class Blocks(Order):
         lane = np.where(positions < boundary, positions // (size + 1), more + (positions - boundary) // max(1, size))
         lane_start = lane * size + np.minimum(lane, more)
         lane_rows = size + (lane < more)
-        within = (positions - lane_start) // self._window_rows
-        window_start = within * self._window_rows
-        window_rows = np.minimum(self._window_rows, lane_rows - window_start)
+        within = (positions - lane_start) // self._window
+        window_start = within * self._window
+        window_rows = np.minimum(self._window, lane_rows - window_start)
         window_start += lane_start
         keys = mix_array(window_start.astype(np.uint64) ^ self._window_key)
         out = np.empty_like(positions)
-        for rows in {self._window_rows, size % self._window_rows, (size + 1) % self._window_rows} - {0}:
+        for rows in {self._window, size % self._window, (size + 1) % self._window} - {0}:
             # Whole windows, and the last ones of shorter and of longer lanes.
             chosen = np.flatnonzero(window_rows == rows)
             permutation = Permutation(rows)
@@ -261,8 +265,8 @@ class Blocks(Order):
 
     def _shuffle_window(self, positions: Ints, window: int, inverse: bool) -> Ints:
         """Permute positions that all lie in `window` of a single lane."""
-        start = window * self._window_rows
-        permutation = Permutation(min(self._window_rows, self.total - start))
+        start = window * self._window
+        permutation = Permutation(min(self._window, self.total - start))
         key = int(mix_array(np.array([start], np.uint64) ^ self._window_key)[0])
         moved = (permutation.inverse if inverse else permutation.forward)(positions - start, key)
         moved += start
