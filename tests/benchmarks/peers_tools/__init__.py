@@ -1,0 +1,1 @@
+"""The loaders that `peers.py` compares, one file each, and what they share."""
