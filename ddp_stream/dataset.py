@@ -164,16 +164,16 @@ class SpanReader(IterableDataset[Any]):
     def starts(self, offset: int, worker: int, num_workers: int) -> Iterator[tuple[int, int]]:
         """Offset and steps of every span that `worker` reads from `offset` on.
 
-        Spans are counted from the begin of the epoch, so that they keep to the windows of the order wherever the
-        epoch is gone on with.
+        Spans are cut from the begin of the epoch, so that they keep to the windows of the order wherever the epoch is
+        gone on with; but worker 0 takes the first that is left, since that is the one the DataLoader asks first.
         """
         stride = self.plan.stride
         done = -(-offset // stride)
         steps = done + self.plan.steps(offset)
-        for first in span_starts(steps, self.span_steps, worker, num_workers):
-            start, end = max(first, done), min(first + self.span_steps, steps)
-            if start < end:
-                yield offset + (start - done) * stride, end - start
+        cut = done - done % self.span_steps
+        for first in span_starts(steps - cut, self.span_steps, worker, num_workers):
+            start, end = max(cut + first, done), min(cut + first + self.span_steps, steps)
+            yield offset + (start - done) * stride, end - start
 
     def rows(self, order: Order, offset: int, steps: int) -> Ints:
         """The rows of this rank's slots in `steps` steps from `offset` on, `[slots * steps]`."""

@@ -23,7 +23,8 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print `message`, the nearest option if a name was wrong, and exit with 2."""
-        known = [option[2:] for parser in self._all() for option in parser._option_string_actions if option[:2] == "--"]
+        parsers = self._all(message)
+        known = [option[2:] for parser in parsers for option in parser._option_string_actions if option[:2] == "--"]
         wrong = re.findall(r"--([\w.+-]+)", message) if "nrecognized arguments" in message else []
         wrong += re.findall(r"does not accept option '([\w.]+)'", message)
         for path, name in re.findall(r"class_path '([\w.]+)'.*?Option '([\w.]+)' is not accepted", message, re.DOTALL):
@@ -37,10 +38,12 @@ class Parser(jsonargparse.ArgumentParser):
                 message += f"\n  {name} is unknown; did you mean --{near[0]}?"
         super().error(message, ex)
 
-    def _all(self) -> list[jsonargparse.ArgumentParser]:
-        """This parser and those of its commands: the error of a command's option is told to either."""
-        commands = getattr(self, "_subcommands_action", None)
-        return [self, *(commands._name_parser_map.values() if commands is not None else ())]
+    def _all(self, message: str) -> list[jsonargparse.ArgumentParser]:
+        """The parsers that `message` may speak of: that of the command it names, or this one and those of all its."""
+        action = getattr(self, "_subcommands_action", None)
+        commands: dict[str, jsonargparse.ArgumentParser] = action._name_parser_map if action is not None else {}
+        named = re.search(r"Subcommand '(\w+)'", message)
+        return [commands[named[1]]] if named and named[1] in commands else [self, *commands.values()]
 
 
 def _arguments(class_path: str) -> list[str]:
