@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 # Slurm numbers the batch script and interactive shells as steps too, from here upwards.
 _FIRST_SPECIAL_SLURM_STEP = 0xFFFFFFF0
@@ -92,6 +93,29 @@ def numbered_by_slurm(environ: Mapping[str, str]) -> bool:
         return False
     step = environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", ""))
     return "SLURM_PROCID" in environ and step.isdigit() and int(step) < _FIRST_SPECIAL_SLURM_STEP
+
+
+def seen_cpus() -> list[int]:
+    """The numbers of the CPUs that this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def allotted_cpus() -> float:
+    """How many CPUs this process may use at a time: those it sees, or the fewer that its cgroup allows."""
+    quota, _, period = read_text("/sys/fs/cgroup/cpu.max").partition(" ")
+    if not quota.isdigit():  # or by the first version of cgroups
+        quota = read_text("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+        period = read_text("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+    seen = float(len(seen_cpus()))
+    return min(seen, int(quota) / int(period)) if quota.isdigit() and period.strip().isdigit() else seen
+
+
+def read_text(path: str) -> str:
+    """What is in a small file of the system; nothing if it is not there."""
+    try:
+        return Path(path).read_text().strip("\n")
+    except OSError:
+        return ""
 
 
 def _pair(environ: Mapping[str, str], rank_name: str, size_name: str) -> tuple[int, int]:

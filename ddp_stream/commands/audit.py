@@ -91,7 +91,7 @@ def run(parser: Parser, arguments: Any) -> int:
 
 def _broken(total: int, data: DataConfig) -> Iterator[Batch]:
     """Row ids as the broken reader hands them out."""
-    if data.num_workers < 2:
+    if data.num_workers == "auto" or data.num_workers < 2:
         raise ValueError(
             f"--audit.broken with --data.num_workers {data.num_workers}: a reader that ignores which worker it is goes "
             f"unnoticed until there are several; use 2 or more"

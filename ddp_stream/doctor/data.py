@@ -19,7 +19,7 @@ _READ_S = 1.0
 
 def gather_data(config: TrainConfig, topology: Topology) -> dict[str, Any]:
     """Facts on the data of this rank; an `error` in place of those that could not be had."""
-    facts: dict[str, Any] = {"num_workers": config.data.num_workers}
+    facts: dict[str, Any] = {"num_workers": 0 if config.data.num_workers == "auto" else config.data.num_workers}
     try:
         limited(lambda: _gather(config, topology, facts), _OPEN_S, f"opening and reading {_name(config)}")
     except Exception as error:  # whatever a source or a task of the user's own raises
@@ -43,6 +43,7 @@ def _gather(config: TrainConfig, topology: Topology, facts: dict[str, Any]) -> N
     loader = make_loader(
         source, config.data, seed=config.seed, topology=topology, transform=task.transform if changed else None
     )
+    facts["num_workers"] = loader.num_workers
     deal = Deal(loader, topology.world_size)
     facts["open_s"] = time.monotonic() - started
     facts["steps"] = deal.steps
@@ -55,7 +56,9 @@ def _gather(config: TrainConfig, topology: Topology, facts: dict[str, Any]) -> N
     rows = 0
     for start in deal.starts(topology.rank, 0):
         steps = min(deal.span_steps(topology.rank), deal.steps - start)
-        rows += len(loader.reader.span(deal.order, 0, start * deal.plan.stride, steps).rows)
+        ids = loader.reader.rows(deal.order, start * deal.plan.stride, steps)
+        loader.reader.read(ids)
+        rows += len(ids)
         if time.monotonic() - started > _READ_S:
             break
     seconds = time.monotonic() - started

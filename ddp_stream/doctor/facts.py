@@ -18,7 +18,7 @@ import torch
 
 import ddp_stream
 from ddp_stream.doctor.network import gather_network
-from ddp_stream.topology import Topology
+from ddp_stream.topology import Topology, allotted_cpus, read_text, seen_cpus
 from ddp_stream.training.engine import WorldError, check_launcher
 
 PACKAGES = ("torch", "numpy", "pyarrow", "accelerate", "safetensors", "jsonargparse", "wandb")
@@ -76,7 +76,7 @@ def gather(environ: Mapping[str, str], config: dict[str, str], code: list[Path])
         world_size=topology.world_size,
         local_rank=int(environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", "0"))),
         host=host,
-        network=f"{_read('/proc/sys/kernel/random/boot_id') or net['hostname']} {_link('/proc/self/ns/net')}",
+        network=f"{read_text('/proc/sys/kernel/random/boot_id') or net['hostname']} {_link('/proc/self/ns/net')}",
         launcher=_launcher(environ),
         versions=_versions(),
         code=_code(code),
@@ -128,7 +128,7 @@ def _number(environ: Mapping[str, str], *names: str) -> int | None:
 
 def _parent_flags() -> dict[str, str]:
     """The long options of the process that started this one, which is torchrun or accelerate."""
-    words = _read(f"/proc/{os.getppid()}/cmdline").split("\0")
+    words = read_text(f"/proc/{os.getppid()}/cmdline").split("\0")
     flags: dict[str, str] = {}
     for index, word in enumerate(words):
         if (word in ("-m", "--module") and index > 2) or (word.endswith(".py") and index > 1):
@@ -163,13 +163,11 @@ def _code(own: list[Path]) -> dict[str, str]:
 
 
 def _machine(environ: Mapping[str, str]) -> dict[str, Any]:
-    allotted = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    quota = _cgroup_cpus()
     shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return {
-        "cpu_list": allotted,
-        "cpus": min(float(len(allotted)), quota) if quota else float(len(allotted)),
+        "cpu_list": seen_cpus(),
+        "cpus": allotted_cpus(),
         "memory_bytes": _memory_bytes(),
         "shm_bytes": shm.free if shm else None,
         "shm_total_bytes": shm.total if shm else None,
@@ -177,22 +175,13 @@ def _machine(environ: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _cgroup_cpus() -> float | None:
-    """CPUs that the cgroup allows, which may be fewer than are seen."""
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    if quota.isdigit() and period.strip().isdigit():
-        return int(quota) / int(period)
-    old, per = _read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), _read("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
-    return int(old) / int(per) if old.isdigit() and per.isdigit() else None
-
-
 def _memory_bytes() -> int | None:
     """Memory that is free to use: the machine's, or what the cgroup leaves of it."""
     free: int | None = None
-    for line in _read("/proc/meminfo").splitlines():
+    for line in read_text("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             free = 1024 * int(line.split()[1])
-    most, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
+    most, used = read_text("/sys/fs/cgroup/memory.max"), read_text("/sys/fs/cgroup/memory.current")
     if most.isdigit() and used.isdigit():
         left = int(most) - int(used)
         free = left if free is None else min(free, left)
@@ -211,15 +200,8 @@ def _devices() -> dict[str, Any]:
             found = torch.cuda.get_device_properties(index)
             ids.append(str(getattr(found, "uuid", index)))
             where = [getattr(found, f"pci_{part}_id", 0) for part in ("domain", "bus", "device")]
-            near.append(_read("/sys/bus/pci/devices/{:04x}:{:02x}:{:02x}.0/local_cpulist".format(*where)))
+            near.append(read_text("/sys/bus/pci/devices/{:04x}:{:02x}:{:02x}.0/local_cpulist".format(*where)))
     return {"kind": kind.type if kind is not None else "cpu", "count": count, "ids": ids, "near": near}
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip("\n")
-    except OSError:
-        return ""
 
 
 def _link(path: str) -> str:

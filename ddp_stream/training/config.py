@@ -42,8 +42,8 @@ class DataConfig:
     """Slices of the order that a batch is drawn from side by side; divides global_batch_size."""
     tail: Tail = "pad"
     """The last step: pad keeps every row, drop leaves out the rows that do not fill a step, and says how many."""
-    num_workers: int = 2
-    """Processes on every rank that read ahead; 0 reads in the training process."""
+    num_workers: int | Literal["auto"] = 2
+    """Processes on every rank that read ahead; 0 reads in the training process; auto measures which is better."""
     pin_memory: bool | None = None
     """Page-locked host memory; by default where there is an accelerator."""
     persistent_workers: bool | None = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import time
 from typing import Any
 
 from ddp_stream.dataset import Transform
@@ -18,9 +21,13 @@ from ddp_stream.sources import (
 )
 from ddp_stream.sources.selection import present
 from ddp_stream.sources.transformed import Transformed
-from ddp_stream.topology import Topology
+from ddp_stream.topology import Topology, allotted_cpus
 from ddp_stream.training.config import DataConfig, EvalConfig
 from ddp_stream.training.engine import Engine
+
+_PROBE_S = 0.25
+_QUICK_STEP_S = 1e-3
+_MOST_WORKERS = 8
 
 
 def make_source(config: DataConfig) -> Source:
@@ -116,4 +123,31 @@ def make_loader(
             "multiprocessing_context",
         )
     }
-    return StreamLoader(source, config.global_batch_size, seed=seed, topology=topology, transform=transform, **options)
+    options |= {"seed": seed, "topology": topology, "transform": transform}
+    if config.num_workers == "auto":
+        loader = StreamLoader(source, config.global_batch_size, **{**options, "num_workers": 0})
+        options["num_workers"] = choose_workers(loader, allotted_cpus() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return StreamLoader(source, config.global_batch_size, **options)
+
+
+def choose_workers(loader: StreamLoader, cpus: float) -> int:
+    """How many workers serve a rank best that has `cpus` CPUs; found out by reading for a quarter of a second.
+
+    A source whose steps are read in less than a millisecond is quicker without: blocks are decoded in a thread anyway,
+    and a message costs as much again as what is in it. Else a worker for every CPU but the one that trains.
+    """
+    reader, plan = loader.reader, loader.plan
+    order = reader.order(0)
+    at_once = reader.window_steps or 16
+    begun, read = time.perf_counter(), 0
+    for first in range(0, len(loader), at_once):
+        steps = min(at_once, len(loader) - first)
+        reader.read(reader.rows(order, first * plan.stride, steps))
+        if first == 0:  # files are opened, and libraries start
+            begun = time.perf_counter()
+        else:
+            read += steps
+        if time.perf_counter() - begun > _PROBE_S:
+            break
+    step_s = (time.perf_counter() - begun) / read if read else 0.0
+    return min(_MOST_WORKERS, max(0, math.ceil(cpus) - 1)) if step_s > _QUICK_STEP_S else 0
