@@ -8,6 +8,7 @@ machine computes the same order.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Literal
 
@@ -19,8 +20,8 @@ Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 _WORD = (1 << 64) - 1
-_ROUNDS = 6
-_MIN_BITS = 7  # on fewer bits a Feistel network reaches too few of the permutations to be uniform
+_ROUNDS = 4
+_MIN_DOMAIN = 128  # on fewer points a Feistel network reaches too few of the permutations to be uniform
 _CHUNK = 1 << 14  # rows hashed at a time, so that the temporaries stay in the cache
 
 DEFAULT_BLOCK_ROWS = 4096
@@ -54,59 +55,70 @@ def mix_array(words: Words) -> Words:
 class Permutation:
     """A keyed bijection of `0..size-1`, evaluated at any points without a table.
 
-    An unbalanced Feistel network over the smallest power of two that holds `size`, cycle-walked into the range
-    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). `key` may be one word or an array with a
-    word for every point, which evaluates many permutations of the same size at once.
+    A generalized Feistel network over the smallest near-square `a x b` that holds `size`, cycle-walked into the range
+    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): fewer than one point in `sqrt(size)` has to
+    walk. `key` may be one word or an array with a word for every point, which evaluates many permutations of the same
+    size at once.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        bits = max(_MIN_BITS, (size - 1).bit_length())
-        self._whole = size == 1 << bits  # then nothing falls outside
-        self._left_bits = bits // 2
-        self._right_bits = bits - bits // 2
+        held = max(_MIN_DOMAIN, size)
+        self._left = math.isqrt(held - 1) + 1
+        self._right = -(-held // self._left)
+        self._whole = size == self._left * self._right  # then nothing falls outside
 
     def forward(self, points: Ints, key: int | Words) -> Ints:
         """Images of `points [n]`, each in `0..size-1`."""
-        return self._walk(points, key, range(_ROUNDS))
+        return self._walk(points, key, range(_ROUNDS), np.subtract)
 
     def inverse(self, points: Ints, key: int | Words) -> Ints:
         """Where `forward` came from."""
-        return self._walk(points, key, range(_ROUNDS - 1, -1, -1))
+        return self._walk(points, key, range(_ROUNDS - 1, -1, -1), np.add)
 
-    def _walk(self, points: Ints, key: int | Words, rounds: range) -> Ints:
+    def _walk(self, points: Ints, key: int | Words, rounds: range, back: np.ufunc) -> Ints:
         if self.size == 1:
             return np.zeros(len(points), np.int64)
         out = np.empty(len(points), np.int64)
         for start in range(0, len(points), _CHUNK):
             part = slice(start, start + _CHUNK)
             keys = np.uint64(key) if isinstance(key, int) else key[part]
-            values = self._network(points[part].astype(np.uint64), keys, rounds)
+            values = self._network(points[part].view(np.uint64), keys, rounds, back)
             outside = np.empty(0, np.intp) if self._whole else np.flatnonzero(values >= np.uint64(self.size))
             while len(outside):
                 keys_outside = keys if isinstance(keys, np.uint64) else keys[outside]
-                values[outside] = self._network(values[outside], keys_outside, rounds)
+                values[outside] = self._network(values[outside], keys_outside, rounds, back)
                 outside = outside[values[outside] >= np.uint64(self.size)]
             out[part] = values.view(np.int64)
         return out
 
-    def _network(self, values: Words, keys: Words | np.uint64, rounds: range) -> Words:
-        right_bits = np.uint64(self._right_bits)
-        left = values >> right_bits
-        right = values & np.uint64((1 << self._right_bits) - 1)
+    def _network(self, values: Words, keys: Words | np.uint64, rounds: range, back: np.ufunc) -> Words:
+        half = np.uint64(32)
+        left = values // np.uint64(self._right)
+        right = values - left * np.uint64(self._right)
+        spare = np.empty_like(left)
         for r in rounds:
-            # Even rounds change the left half by the right one, odd rounds the other way round. Each is its own
-            # inverse, so running the rounds backwards undoes the network.
-            source, target, width = (right, left, self._left_bits) if r % 2 == 0 else (left, right, self._right_bits)
+            # Even rounds shift the left half by a hash of the right one, odd rounds the other way round. Going back,
+            # the rounds are run backwards, and shift the other way.
+            source, target, size = (right, left, self._left) if r % 2 == 0 else (left, right, self._right)
             word = source + np.uint64(mix(r))
             word ^= keys
             word *= np.uint64(0xBF58476D1CE4E5B9)
-            word ^= word >> np.uint64(29)
+            np.right_shift(word, np.uint64(29), out=spare)
+            word ^= spare
             word *= np.uint64(0x94D049BB133111EB)
-            word >>= np.uint64(64 - width)
-            target ^= word
-        left <<= right_bits
-        left |= right
+            word >>= half
+            word *= np.uint64(size)
+            word >>= half
+            # Beyond the range, one of the two is a small number, and the other wraps around to a huge one.
+            if back is np.subtract:
+                target += word
+            else:
+                target -= word
+            back(target, np.uint64(size), out=spare)
+            np.minimum(target, spare, out=target)
+        left *= np.uint64(self._right)
+        left += right
         return left
 
 
@@ -204,7 +216,6 @@ class Blocks(Order):
                 f"window_rows={window_rows}: a window needs at least one row, or None for about four blocks"
             )
         self._layout = layout
-        # A power of two needs no cycle walking.
         self._window: int = window_rows or 1 << (BLOCKS_PER_WINDOW * layout.mean_rows - 1).bit_length()
         self.window_rows = self._window
         self._lanes = lanes

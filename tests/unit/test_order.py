@@ -28,22 +28,22 @@ def test_mix_is_splitmix64():
 
 
 def test_the_full_order_is_the_one_it_always_was():
-    assert epoch(Full(12, seed=0, epoch=0)).tolist() == [8, 9, 3, 0, 4, 6, 7, 1, 5, 10, 2, 11]
-    assert epoch(Full(12, seed=0, epoch=1)).tolist() == [2, 0, 8, 10, 5, 11, 7, 4, 9, 1, 6, 3]
-    assert epoch(Full(12, seed=1, epoch=0)).tolist() == [6, 3, 11, 2, 10, 5, 9, 7, 1, 8, 0, 4]
+    assert epoch(Full(12, seed=0, epoch=0)).tolist() == [7, 5, 1, 0, 10, 3, 11, 6, 9, 8, 4, 2]
+    assert epoch(Full(12, seed=0, epoch=1)).tolist() == [11, 3, 4, 2, 6, 5, 1, 10, 9, 0, 8, 7]
+    assert epoch(Full(12, seed=1, epoch=0)).tolist() == [5, 4, 9, 2, 0, 8, 10, 3, 11, 6, 1, 7]
     far = Full(TRILLION, seed=7, epoch=3).rows(np.array([0, 1, TRILLION - 1]))
-    assert far.tolist() == [385403059758, 403668099814, 999205871320]
+    assert far.tolist() == [591044290733, 935737447326, 221366356255]
 
 
 def test_the_blocks_order_is_the_one_it_always_was():
     natural = BlockLayout(12, offsets=np.array([0, 3, 5, 5, 9, 12]))
-    assert epoch(Blocks(natural, 0, 0, window_rows=6)).tolist() == [9, 3, 4, 11, 10, 0, 2, 1, 8, 6, 7, 5]
+    assert epoch(Blocks(natural, 0, 0, window_rows=6)).tolist() == [3, 4, 5, 2, 0, 1, 9, 11, 7, 10, 8, 6]
     uniform = BlockLayout(12, block_rows=5)
     lanes = Blocks(uniform, 0, 0, window_rows=8, lanes=2)
-    assert epoch(lanes).tolist() == [10, 6, 7, 5, 11, 8, 0, 9, 4, 2, 3, 1]
-    assert epoch(Blocks(uniform, 0, 0)).tolist() == [10, 9, 7, 2, 11, 3, 6, 1, 4, 0, 8, 5]
+    assert epoch(lanes).tolist() == [5, 6, 0, 9, 7, 8, 4, 11, 2, 10, 3, 1]
+    assert epoch(Blocks(uniform, 0, 0)).tolist() == [5, 6, 1, 2, 4, 11, 0, 10, 8, 7, 9, 3]
     far = Blocks(BlockLayout(TRILLION), seed=7, epoch=3).rows(np.array([0, 1, TRILLION - 1]))
-    assert far.tolist() == [798438543202, 166279879289, 253267587950]
+    assert far.tolist() == [546437290811, 821246433054, 538916433913]
 
 
 @pytest.mark.parametrize("shuffle", ["full", "blocks"])
@@ -153,8 +153,8 @@ def surprise_of_neighbours(orders):
     return surprise(chi_square, size * (size - 1) - 1)
 
 
-# Seen with seeds 0..n-1: -3.3 to 1.4 standard deviations; with two rounds 39 and
-# more (below), with three 31 and more in the places, with four nothing is seen any more.
+# Seen with seeds 0..n-1: -2.1 to 1.6 standard deviations; with one round 100 and more (below), with two 14 among the
+# neighbours of 50 rows, with three nothing is seen any more.
 SIZES = [(5, 8_000), (7, 8_000), (20, 8_000), (50, 20_000), (300, 3_000)]
 
 
@@ -180,8 +180,8 @@ def test_all_120_orders_of_five_rows_are_equally_likely():
 
 
 @pytest.mark.parametrize(("size", "seeds"), SIZES[:-1])
-def test_two_rounds_would_be_noticed(size, seeds, monkeypatch):
-    monkeypatch.setattr(order_module, "_ROUNDS", 2)
+def test_one_round_would_be_noticed(size, seeds, monkeypatch):
+    monkeypatch.setattr(order_module, "_ROUNDS", 1)
     assert surprise_of_places(epochs(size, seeds)) > 20
     assert surprise_of_neighbours(epochs(size, seeds)) > 20
 

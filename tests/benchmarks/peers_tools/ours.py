@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 from ddp_stream import StreamLoader
-from ddp_stream.sources import files, open_source
+from ddp_stream.sources import decoded, open_source
 from peers_tools.base import Loader, Setup, row_ids
 from peers_tools.data import BATCH, NAMES
 
 # The files here are small enough that all their decoded blocks would fit the cache, and later epochs would read from
 # memory. Real ones do not, so every epoch is made to decode every block.
-if not hasattr(files, "CACHE_BYTES"):
-    raise RuntimeError("ddp_stream.sources.files.CACHE_BYTES is gone: find out what later epochs read, and mend this")
-files.CACHE_BYTES = 8 << 20
+if not hasattr(decoded, "CACHE_BYTES"):
+    raise RuntimeError("ddp_stream.sources.decoded.CACHE_BYTES is gone: find out what later epochs read, and mend this")
+decoded.CACHE_BYTES = 9 << 20  # two windows
 
 
 def stack(columns: Mapping[str, Any]) -> dict[str, Any]:
