@@ -16,7 +16,7 @@ from ddp_stream.sources.base import Columns, DataError, Ints, Source, fingerprin
 from ddp_stream.sources.decode import decode_column
 from ddp_stream.sources.decoded import CACHE_BYTES
 from ddp_stream.sources.files import BlockSource
-from ddp_stream.sources.paths import check_distinct, existing_files, schema_difference
+from ddp_stream.sources.paths import chosen_columns, existing_files, has_changed, same_columns, schema_difference
 from ddp_stream.sources.selection import Excluding
 
 _BLOCK_BYTES = 4 << 20
@@ -86,8 +86,13 @@ class BatchSource(BlockSource):
             index = batch - int(np.searchsorted(self._batch_file, file))
             try:
                 found = handle.get_batch(index).select(self._schema.names)
+            except (KeyError, IndexError) as error:
+                raise has_changed(self.paths[file], str(error)) from None
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{self.paths[file]}: record batch {index} cannot be read: {error}") from None
+            rows = int(self._batch_offsets[batch + 1] - self._batch_offsets[batch])
+            if found.num_rows != rows:
+                raise has_changed(self.paths[file], f"record batch {index} had {rows} rows and has {found.num_rows}")
             self._batches[batch] = found, found.nbytes if self._compressed[batch] else _MAPPED_BYTES
             while len(self._batches) > keep and sum(size for _, size in self._batches.values()) > CACHE_BYTES:
                 self._batches.popitem(last=False)
@@ -156,24 +161,27 @@ class Arrow(BatchSource):
     Args:
         paths: the files, in order
         fill_null: what stands in for a null in a numeric column; None makes a null an error
+        columns: the columns to read, which all files must have; None reads all, which must be the same in all files
     """
 
-    def __init__(self, paths: str | Sequence[str], fill_null: float | None = None) -> None:
+    def __init__(
+        self, paths: str | Sequence[str], fill_null: float | None = None, columns: Sequence[str] | None = None
+    ) -> None:
         files = existing_files(paths)
         batch_rows: list[int] = []
         batch_file: list[int] = []
         row_bytes: list[float] = []
         schema: pa.Schema | None = None
         for index, path in enumerate(files):
-            found = _open_arrow(path).schema.remove_metadata()
-            check_distinct(path, found.names)
+            whole = _open_arrow(path)
+            found = chosen_columns(whole.schema, columns, path)
             if schema is None:
                 schema = found
-            elif (found.names, found.types) != (schema.names, schema.types):
+            elif not same_columns(found, schema):
                 raise DataError(schema_difference(path, found, files[0], schema))
             # A compressed batch is decompressed by the column, so to learn of its rows the narrowest one is read.
-            whole = _open_arrow(path)
-            narrowest = min(range(len(found)), key=lambda column: _width(found.types[column]), default=None)
+            widths = [_width(kind) for kind in whole.schema.types]
+            narrowest = widths.index(min(widths)) if widths else None
             batch = 0
             try:
                 compressed = whole.num_record_batches > 0 and not whole.holds(whole.get_batch(0))
@@ -189,8 +197,11 @@ class Arrow(BatchSource):
         super().__init__(files, batch_rows, batch_file, row_bytes, schema, fill_null)
 
     def _open(self, path: str) -> Any:
-        names = _open_arrow(path).schema.names
-        return _open_arrow(path, [names.index(name) for name in self._schema.names])
+        place = {name: index for index, name in enumerate(_open_arrow(path).schema.names)}
+        missing = next((name for name in self._schema.names if name not in place), None)
+        if missing is not None:
+            raise has_changed(path, f"it has no column {missing!r} any more")
+        return _open_arrow(path, [place[name] for name in self._schema.names])
 
 
 class _File:

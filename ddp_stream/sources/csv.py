@@ -45,11 +45,12 @@ class Csv(TextSource):
         on_bad_row: OnBadRow = "raise",
     ) -> None:
         files = existing_files(paths)
+        self._chosen = delimiter is not None
         self.delimiter = delimiter or ("\t" if files[0].lower().endswith(".tsv") else ",")
         super().__init__(files, (self.delimiter,), fill_null, on_bad_row)
 
     def _names(self, path: str, first_line: bytes) -> tuple[str, ...]:
-        return _header(path, first_line, self.delimiter)
+        return _header(path, first_line, self.delimiter, chosen=self._chosen)
 
     def _common(self, left: pa.Schema, right: pa.Schema, *, one_file: bool) -> pa.Schema | None:
         return _common(left, right, mixed=pa.string() if one_file else None)
@@ -83,7 +84,7 @@ class Csv(TextSource):
             strings_can_be_null=False,
         )
         try:
-            return pc.read_csv(
+            table = pc.read_csv(
                 io.BytesIO(data),
                 read_options=pc.ReadOptions(column_names=list(names), use_threads=False, block_size=len(data) + 1),
                 parse_options=pc.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
@@ -91,6 +92,21 @@ class Csv(TextSource):
             )
         except (pa.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{path}: {_explain(str(error), names, schema, first_row)}") from None
+        for name in [field.name for field in table.schema if pa.types.is_binary(field.type)]:  # found so, not asked for
+            values = table.column(name).to_pylist()
+            row = first_row + next(row for row, value in enumerate(values) if not _is_utf8(value))
+            raise DataError(
+                f"{path}: column {name!r} is no UTF-8 text in row {row}; convert the file, as with iconv -f latin1 -t utf-8"
+            )
+        return table
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _explain(message: str, names: tuple[str, ...], schema: pa.Schema | None, first_row: int) -> str:
@@ -135,13 +151,28 @@ def _common(left: pa.Schema, right: pa.Schema, mixed: pa.DataType | None) -> pa.
     return pa.schema(fields)
 
 
-def _header(path: str, line: bytes, delimiter: str) -> tuple[str, ...]:
+def _header(path: str, line: bytes, delimiter: str, *, chosen: bool) -> tuple[str, ...]:
     try:
         text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: the first line does not name columns in UTF-8: {error}") from None
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    names, *more = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    if more:
+        raise DataError(
+            f"{path}: the first line holds a carriage return, and only a line feed ends a row, so that {len(more)} rows "
+            f"would be lost in the header; convert the line ends"
+        )
+    if text.lstrip().startswith('{"'):
+        raise DataError(
+            f"{path}: the first line is an object of JSON, and would be lost as a header: name the file .jsonl"
+        )
+    other = next((mark for mark in ";\t|" if mark in text), None)
+    if len(names) == 1 and other is not None and not chosen and '"' not in text:
+        raise DataError(
+            f"{path}: the header is the one column {names[0]!r}; if {other!r} separates columns, say so with --data.source "
+            f"ddp_stream.sources.Csv --data.source.paths {path} --data.source.delimiter {other!r}"
+        )
     if all(_is_value(name) for name in names):
         raise DataError(
             f"{path}: the first line ({line[:80].decode(errors='replace').strip()!r}) looks like data, not like names of "

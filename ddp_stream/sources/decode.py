@@ -19,7 +19,8 @@ def decode_column(
 
     Timestamps, dates, times and durations become whole numbers in the unit of the file, decimals float64, lists of
     lists of one length arrays of more dimensions, and a pair of `bytes` and `path`, as Hugging Face keeps an image,
-    its bytes. A null among strings, bytes or lists of them is None.
+    its bytes. Other structs are dicts, maps lists of pairs. A null among strings, bytes, structs or inside lists of them is
+    None.
 
     Args:
         column: the values of one block
@@ -47,28 +48,23 @@ def decode_column(
         except UnicodeDecodeError as error:
             row = first_row + next(row for row, value in enumerate(column) if not _is_utf8(value))
             raise DataError(f"{path}: column {name!r} is no UTF-8 text in row {row} ({error})") from None
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    if pa.types.is_struct(kind) or pa.types.is_map(kind) or _is_binary(kind):
         return list(column.to_pylist())
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        column = column.cast(pa.large_list(kind.value_type))
+        kind = column.type
     if pa.types.is_null(kind):
         column, kind = column.cast(pa.float32()), pa.float32()
-    if pa.types.is_decimal(kind):
-        column, kind = column.cast(pa.float64()), pa.float64()
-    if (
-        pa.types.is_timestamp(kind)
-        or pa.types.is_date64(kind)
-        or pa.types.is_time64(kind)
-        or pa.types.is_duration(kind)
-    ):
-        column, kind = column.cast(pa.int64()), pa.int64()
-    elif pa.types.is_date32(kind) or pa.types.is_time32(kind):
-        column, kind = column.cast(pa.int32()), pa.int32()
+    column = _numbers(column)
+    kind = column.type
     if column.null_count:
         row = first_row + int(pc.index(column.is_null(), pa.scalar(True)).as_py())
-        if fill_null is None or pa.types.is_nested(kind):
+        nested = pa.types.is_nested(kind)
+        if fill_null is None or nested:
+            fill = "" if nested else ", or choose a value for all nulls with --data.fill_null"
             raise DataError(
                 f"{path}: column {name!r} is null in row {row} ({column.null_count} nulls in the {len(column)} rows from "
-                f"row {first_row}): a tensor has no null; fill it in the file, leave the column out, or choose a value "
-                f"for all nulls with --data.fill_null"
+                f"row {first_row}): a tensor has no null; fill it in the file, leave the column out{fill}"
             )
         try:
             value = pa.scalar(bool(fill_null) if pa.types.is_boolean(kind) else fill_null).cast(kind)
@@ -86,6 +82,27 @@ def decode_column(
         f"{path}: column {name!r} is of type {kind}, which no tensor holds; leave it out with --data.columns, or convert "
         f"it to numbers or strings"
     )
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
+
+
+def _numbers(values: Any) -> Any:
+    """Decimals, dates and times as plain numbers; other values as they are."""
+    kind = values.type
+    if pa.types.is_decimal(kind):
+        return values.cast(pa.float64())
+    if pa.types.is_date32(kind) or pa.types.is_time32(kind):
+        return values.cast(pa.int32())
+    if pa.types.is_temporal(kind) and not pa.types.is_interval(kind):
+        return values.cast(pa.int64())
+    return values
 
 
 def _is_utf8(value: pa.Scalar) -> bool:
@@ -106,7 +123,7 @@ def _decode_lists(column: pa.ChunkedArray, name: str, path: str, first_row: int)
 
 def _list_values(array: pa.Array, name: str, path: str, first_row: int) -> NDArray[Any] | list[Any] | None:
     """The lists as one array, if they are of one length, or as a list of arrays; None if they must be Python lists."""
-    flat = array.flatten()
+    flat = _numbers(array.flatten())
     kind = flat.type
     if (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)) and len(flat):
         values = None if flat.null_count else _list_values(flat, name, path, first_row)

@@ -14,7 +14,7 @@ import pyarrow as pa
 from ddp_stream.sources.base import Columns, DataError, Ints, Source, before, check_columns, fingerprint_of, original
 from ddp_stream.sources.decode import decode_column
 from ddp_stream.sources.decoded import Block, DecodedBlocks, gather
-from ddp_stream.sources.paths import describe, file_identity, stamp_of
+from ddp_stream.sources.paths import describe, file_identity, has_changed, stamp_of
 from ddp_stream.sources.selection import bad_values
 
 
@@ -166,10 +166,8 @@ class BlockSource(Source):
         expected = int(self._offsets[block + 1] - self._offsets[block])
         path = self.paths[self._block_file[block]]
         if table.num_rows != expected:
-            raise DataError(
-                f"{path}: the block from row {self._row_in_file(block)} on gave {table.num_rows} rows where its index "
-                f"says {expected}; the file has changed since it was opened, or is damaged"
-            )
+            first = self._row_in_file(block)
+            raise has_changed(path, f"from row {first} on it has {table.num_rows} rows where its index says {expected}")
         decoded = {
             name: decode_column(table.column(name), name, path, self._row_in_file(block), self.fill_null)
             for name in self._schema.names

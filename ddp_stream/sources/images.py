@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ddp_stream.sources.base import Columns, DataError, Ints, Source, check_columns, fingerprint_of
+from ddp_stream.sources.paths import reading
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -31,7 +32,8 @@ class ImageFolder(Source):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        found = {entry.name: _images(entry) for entry in sorted(Path(path).iterdir()) if is_class(entry)}
+        with reading(path):
+            found = {entry.name: sorted(_images(entry)) for entry in sorted(Path(path).iterdir()) if is_class(entry)}
         self.classes = [name for name, files in found.items() if files]
         if not self.classes:
             raise DataError(
@@ -57,11 +59,16 @@ class ImageFolder(Source):
     def take(self, rows: Ints) -> Columns:
         files = [self._files[row] for row in rows.tolist()]
         columns: Columns = {
-            "image": [Path(self.path, file).read_bytes() for file in files] if "image" in self._names else [],
+            "image": [self._read(file) for file in files] if "image" in self._names else [],
             "label": self._labels[rows],
             "path": files,
         }
         return {name: columns[name] for name in self._names}
+
+    def _read(self, file: str) -> bytes:
+        path = os.path.join(self.path, file)
+        with reading(path), open(path, "rb") as content:
+            return content.read()
 
     def fingerprint(self) -> str:
         """Names and sizes of the files: to read them all would take too long."""
@@ -84,14 +91,27 @@ def is_class(entry: Path) -> bool:
 
 def has_images(path: Path) -> bool:
     """Whether a directory below `path` holds an image."""
-    return any(_images(entry) for entry in path.iterdir() if is_class(entry))
+    return any(next(_images(entry), None) for entry in path.iterdir() if is_class(entry))
 
 
-def _images(folder: Path) -> list[str]:
-    """Images anywhere in `folder`, named from its parent directory on, sorted."""
-    found = []
-    for directory, folders, files in os.walk(folder, followlinks=True):
+def _images(folder: Path) -> Iterator[str]:
+    """Images anywhere in `folder`, named from its parent directory on.
+
+    Raises:
+        OSError: a directory cannot be read.
+        DataError: a link leads back to a directory that it is in.
+    """
+    for directory, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         folders[:] = [name for name in folders if name[0] != "."]
+        for name in folders:
+            link = os.path.join(directory, name)
+            if os.path.islink(link) and os.path.realpath(directory).startswith(os.path.realpath(link)):
+                raise DataError(
+                    f"{link} leads back to a directory that it is in, so that images would be read for ever"
+                )
         below = os.path.relpath(directory, folder.parent)
-        found += [os.path.join(below, name) for name in files if name[0] != "." and name.lower().endswith(SUFFIXES)]
-    return sorted(found)
+        yield from (os.path.join(below, name) for name in files if name[0] != "." and name.lower().endswith(SUFFIXES))
+
+
+def _raise(error: OSError) -> None:
+    raise error

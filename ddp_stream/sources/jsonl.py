@@ -82,6 +82,8 @@ class JsonLines(TextSource):
             return _read(data, options)
         except (pa.ArrowException, UnicodeDecodeError) as error:
             message = str(error)
+        if message.startswith("JSON parse error: Column() changed"):
+            message = "there is no object, and a row is an object of JSON on one line,"
         if "in row" in message:
             message = re.sub(r"in row (\d+)", lambda match: f"in row {first_row + int(match[1])}", message)
         else:

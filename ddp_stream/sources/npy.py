@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ddp_stream.sources import cache
 from ddp_stream.sources.base import Columns, DataError, Ints, Source, check_columns, fingerprint_of
-from ddp_stream.sources.paths import describe, existing_files, file_identity, stamp_of
+from ddp_stream.sources.paths import describe, existing_files, file_identity, has_changed, reading, stamp_of
 
 _COLUMN = "features"
 _LOCAL_HEADER = 30  # bytes of a zip member's header before its name
@@ -37,6 +37,7 @@ class ArraySource(Source):
         self.paths = list(paths)
         self._names: tuple[str, ...] | None = None if columns is None else tuple(columns)
         self._opened: tuple[int, Parts] | None = None
+        self._shapes: dict[str, list[tuple[Any, Any]]] | None = None
         parts = self._parts()
         lengths = {}
         for name, arrays in parts.items():
@@ -45,6 +46,8 @@ class ArraySource(Source):
                 path = self._path_of(name, index)
                 if array.dtype.hasobject:
                     raise DataError(f"{path} is no .npy file of fixed-size values: it holds Python objects")
+                if array.dtype.kind in "fc" and array.dtype.itemsize > {"f": 8, "c": 16}[array.dtype.kind]:
+                    raise DataError(f"{path} holds {array.dtype}, which no tensor holds: write it again as float64")
                 if array.ndim == 0:
                     raise DataError(f"{path} has no rows: its shape is ()")
                 if array.dtype != first.dtype or array.shape[1:] != first.shape[1:]:
@@ -77,6 +80,15 @@ class ArraySource(Source):
             parts = self._load()
             names = tuple(parts) if self._names is None else self._names
             check_columns(names, tuple(parts), str(self))
+            shapes = {name: [(array.shape, array.dtype) for array in parts[name]] for name in names}
+            for name, found in shapes.items():
+                was = found if self._shapes is None else self._shapes[name]
+                part = next(
+                    (part for part, pair in enumerate(zip(was, found, strict=True)) if pair[0] != pair[1]), None
+                )
+                if part is not None:
+                    raise has_changed(self._path_of(name, part), f"it held {was[part]} and holds {found[part]}")
+            self._shapes = self._shapes or shapes
             self._opened = os.getpid(), {name: parts[name] for name in names}
         return self._opened[1]
 
@@ -166,8 +178,11 @@ class Npy(ArraySource):
 
 def _map(path: str) -> NDArray[Any]:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        with reading(path):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except DataError:
+        raise
+    except (ValueError, EOFError) as error:
         raise DataError(f"{path} is no .npy file of fixed-size values ({error})") from None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path} is no .npy file but an archive of several arrays (.npz): rename it")
@@ -244,7 +259,7 @@ def _stored(path: str) -> str:
 def _map_members(path: str, mapped: str) -> dict[str, NDArray[Any]]:
     """The arrays of an archive, each mapped where its bytes lie in the file `mapped`."""
     arrays: dict[str, NDArray[Any]] = {}
-    with zipfile.ZipFile(mapped) as archive, open(mapped, "rb") as file:
+    with reading(mapped), zipfile.ZipFile(mapped) as archive, open(mapped, "rb") as file:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
             file.seek(member.header_offset)

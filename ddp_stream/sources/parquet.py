@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from ddp_stream.sources.base import DataError
 from ddp_stream.sources.files import BlockSource
-from ddp_stream.sources.paths import check_distinct, existing_files, schema_difference
+from ddp_stream.sources.paths import chosen_columns, existing_files, has_changed, same_columns, schema_difference
 
 
 class Parquet(BlockSource):
@@ -20,9 +20,12 @@ class Parquet(BlockSource):
     Args:
         paths: the files, in order
         fill_null: what stands in for a null in a numeric column; None makes a null an error
+        columns: the columns to read, which all files must have; None reads all, which must be the same in all files
     """
 
-    def __init__(self, paths: str | Sequence[str], fill_null: float | None = None) -> None:
+    def __init__(
+        self, paths: str | Sequence[str], fill_null: float | None = None, columns: Sequence[str] | None = None
+    ) -> None:
         files = existing_files(paths)
         sizes: list[int] = []
         block_file: list[int] = []
@@ -30,11 +33,10 @@ class Parquet(BlockSource):
         schema: pa.Schema | None = None
         for index, path in enumerate(files):
             with self._open(path) as file:
-                metadata, found = file.metadata, file.schema_arrow.remove_metadata()
-                check_distinct(path, found.names)
+                metadata, found = file.metadata, chosen_columns(file.schema_arrow, columns, path)
                 if schema is None:
                     schema = found
-                elif (found.names, found.types) != (schema.names, schema.types):
+                elif not same_columns(found, schema):
                     raise DataError(schema_difference(path, found, files[0], schema))
                 for group in range(metadata.num_row_groups):
                     sizes.append(metadata.row_group(group).num_rows)
@@ -56,6 +58,8 @@ class Parquet(BlockSource):
     def _read_block(self, handle: Any, block: int) -> pa.Table:
         path = self.paths[self._block_file[block]]
         try:
-            return handle.read_row_group(int(self._group[block]), columns=self._schema.names)
+            return handle.read_row_group(int(self._group[block]), columns=self._schema.names).select(self._schema.names)
+        except KeyError as error:
+            raise has_changed(path, str(error)) from None
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: row group {self._group[block]} cannot be read: {error}") from None

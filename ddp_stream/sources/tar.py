@@ -12,7 +12,7 @@ import numpy as np
 
 from ddp_stream.sources.base import Column, Columns, DataError, Ints, Source, check_columns, fingerprint_of
 from ddp_stream.sources.cache import Arrays, as_array, cached_arrays, from_array
-from ddp_stream.sources.paths import describe, existing_files, file_identity, stamp_of
+from ddp_stream.sources.paths import describe, existing_files, file_identity, has_changed, reading, stamp_of
 
 KEY = "__key__"
 _BLOCK_BYTES = 4 << 20
@@ -105,12 +105,13 @@ class WebDataset(Source):
 
     def _read(self, shard: int, start: int, size: int) -> bytes:
         if shard not in self._files:
-            self._files[shard] = io.FileIO(self.paths[shard])
+            with reading(self.paths[shard]):
+                self._files[shard] = io.FileIO(self.paths[shard])
             while len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
         content = os.pread(self._files[shard].fileno(), size, start)
         if len(content) != size:
-            raise DataError(f"{self.paths[shard]} has changed since it was opened: it ends before byte {start + size}")
+            raise has_changed(self.paths[shard], f"it ends before byte {start + size}")
         return content
 
     def fingerprint(self) -> str:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ddp_stream.sources.base import DataError, Ints
 from ddp_stream.sources.cache import Arrays, as_array, cached_arrays
 from ddp_stream.sources.files import BlockSource
-from ddp_stream.sources.paths import check_distinct, describe, existing_files, schema_difference
+from ddp_stream.sources.paths import check_distinct, describe, existing_files, has_changed, reading, schema_difference
 from ddp_stream.sources.selection import search
 
 BLOCK_ROWS = 4096
@@ -142,10 +142,14 @@ class TextSource(BlockSource):
         schema: pa.Schema | None = None
         for index, path in enumerate(files):
             data = map_file(path)
+            if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise DataError(
+                    f"{path} is in UTF-16, and text is read as UTF-8: convert it, as with iconv -f utf-16 -t utf-8"
+                )
             starts, rows, first_line = self._scan(data, path)
             names = self._names(path, first_line) if self.header else ()
             check_distinct(path, names)
-            found = self._infer(path, data, starts, names)
+            found = self._infer(path, data, starts, rows, names)
             common = found if schema is None else self._common(schema, found, one_file=False)
             if common is None:
                 assert schema is not None
@@ -222,7 +226,7 @@ class TextSource(BlockSource):
             blank[index] = not data[starts[index] : ends[index]].strip(self.blank)
         return blank
 
-    def _infer(self, path: str, data: mmap.mmap, starts: Ints, names: tuple[str, ...]) -> pa.Schema:
+    def _infer(self, path: str, data: mmap.mmap, starts: Ints, rows: Ints, names: tuple[str, ...]) -> pa.Schema:
         """The types that hold on blocks spread over the file."""
         schema = pa.schema([(name, pa.null()) for name in names])
         if len(starts) == 1:
@@ -232,7 +236,13 @@ class TextSource(BlockSource):
             parts = [self._split(data[starts[block] : starts[block + 1]], path) for block in blocks]
             return self._types_of_most([line for part in parts for line in part], path, names)
         for block in blocks:
-            found = self._parse(data[starts[block] : starts[block + 1]], path, names, None, block * BLOCK_ROWS).schema
+            table = self._parse(data[starts[block] : starts[block + 1]], path, names, None, block * BLOCK_ROWS)
+            if table.num_rows != rows[block]:
+                raise DataError(
+                    f"{path}: the {rows[block]} lines from row {block * BLOCK_ROWS} on hold {table.num_rows} rows; write "
+                    f"the file again with one row a line"
+                )
+            found = table.schema
             common = self._common(schema, found, one_file=True)
             if common is None:
                 raise DataError(schema_difference(f"{path} from row {block * BLOCK_ROWS} on", found, path, schema))
@@ -242,5 +252,8 @@ class TextSource(BlockSource):
 
 def map_file(path: str) -> mmap.mmap:
     """The bytes of a file that is not empty."""
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with reading(path), open(path, "rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise has_changed(path, "it is empty") from None

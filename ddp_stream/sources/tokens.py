@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from ddp_stream.sources.base import Columns, DataError, Ints, Source, fingerprint_of
 from ddp_stream.sources.cache import Arrays, cached_arrays
-from ddp_stream.sources.paths import describe, existing_files, expand, file_identity
+from ddp_stream.sources.paths import (
+    describe,
+    existing_files,
+    expand,
+    file_identity,
+    has_changed,
+    reading,
+    suffix_by_content,
+)
 
 _SCAN_TOKENS = 8 << 20
 
@@ -57,6 +65,7 @@ class Tokens(Source):
             raise ValueError(f"sequence_length={sequence_length}, stride={stride}: each must be at least 1")
         parts = [path] if isinstance(path, str) else path
         self.paths = existing_files([file for part in parts for file in expand(part, (".bin", ".npy"))])
+        self._lengths: list[int] = []
         self._opened: tuple[int, list[NDArray[Any]]] | None = None
         what = f"the list of documents in {describe(self.paths)}"
         if end_of_document is None:
@@ -78,12 +87,18 @@ class Tokens(Source):
 
     def _arrays(self) -> list[NDArray[Any]]:
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = os.getpid(), [self._map(path) for path in self.paths]
+            arrays = [self._map(path) for path in self.paths]
+            for path, array, length in zip(self.paths, arrays, self._lengths or map(len, arrays), strict=True):
+                if len(array) != length:
+                    raise has_changed(path, f"it held {length} tokens and holds {len(array)}")
+            self._lengths = [len(array) for array in arrays]
+            self._opened = os.getpid(), arrays
         return self._opened[1]
 
     def _map(self, path: str) -> NDArray[Any]:
-        if Path(path).suffix != ".npy":
-            size = os.stat(path).st_size
+        if ".npy" not in (Path(path).suffix.lower(), suffix_by_content(path)):
+            with reading(path):
+                size = os.stat(path).st_size
             if size % self._dtype.itemsize:
                 raise DataError(
                     f"{path} has {size} bytes, which is no multiple of the {self._dtype.itemsize} of a token in "
@@ -91,8 +106,11 @@ class Tokens(Source):
                 )
             return np.asarray(np.memmap(path, self._dtype, "r"))
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+            with reading(path):
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except DataError:
+            raise
+        except (ValueError, EOFError) as error:
             raise DataError(f"{path} is no .npy file of tokens ({error})") from None
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise DataError(

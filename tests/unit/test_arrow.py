@@ -122,6 +122,15 @@ def test_types():
     assert source.take(np.array([1, 0]))["image"].shape == (2, 2, 2)
 
 
+def test_a_type_that_no_tensor_holds():
+    table = pa.table({"x": pa.array([pa.MonthDayNano([1, 2, 3])]), "y": [1]})
+    with pa.ipc.new_file("a.arrow", table.schema) as file:
+        file.write_table(table)
+    with pytest.raises(DataError, match=r"a.arrow: column 'x' is of type month_day.*no tensor holds"):
+        Arrow("a.arrow").take(np.array([0]))
+    assert read(open_source("a.arrow", columns=["y"])) == {"y": [1]}
+
+
 def test_a_null_names_file_column_and_row():
     table = pa.table({"a": pa.array([1, 2, None, 4])})
     with pa.ipc.new_file("a.arrow", table.schema) as file:

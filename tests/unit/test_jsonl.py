@@ -101,10 +101,15 @@ def test_types_widen_over_blocks_and_files(small_blocks):
         ('{"a":1}\n{"a":2\n', "a.jsonl: JSON parse error: Missing a comma.* in row 1"),
         ('{"a":1}\n{"a":"x"}\n', r"a.jsonl: .*Column\(/a\) changed from number to string in row 1"),
         ('{"a":1}\n[1]\n', "a.jsonl: .* in row 1"),
-        ('{"a":1}{"a":2}\n', "a.jsonl: the block from row 0 on gave 2 rows where its index says 1"),
+        (
+            '{"a":1}{"a":2}\n',
+            "a.jsonl: the 1 lines from row 0 on hold 2 rows; write the file again with one row a line",
+        ),
         ('{"a":1}\n{}\n', "a.jsonl: column 'a' is null in row 1"),
         (b'{"a":"x"}\n{"a":"\xff"}\n', "a.jsonl: column 'a' is no UTF-8 text in row 1"),
-        ('{"a":{"b":1}}\n', "a.jsonl: column 'a' is of type struct"),
+        ('{\n"a":1\n}\n', "a.jsonl: the 3 lines from row 0 on hold 1 rows"),
+        ("[1]\n", "a.jsonl: there is no object, and a row is an object of JSON on one line, in row 0"),
+        ('{"a":1}\n'.encode("utf-16"), "a.jsonl is in UTF-16"),
     ],
 )
 def test_what_cannot_be_trained_on_says_why(text, message):
