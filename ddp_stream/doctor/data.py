@@ -28,7 +28,7 @@ def gather_data(config: TrainConfig, topology: Topology) -> dict[str, Any]:
 
 
 def _name(config: TrainConfig) -> str:
-    return config.data.path or str(config.data.source or "the data")
+    return str(config.data.path or config.data.source or "the data")
 
 
 def _gather(config: TrainConfig, topology: Topology, facts: dict[str, Any]) -> None:

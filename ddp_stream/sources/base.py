@@ -73,6 +73,10 @@ class Source(ABC):
         under it. None if there are no files."""
         return None
 
+    def where(self, row: int) -> str:
+        """The file and the row in it, for messages."""
+        return f"{self}, row {row}"
+
     def sample(self, columns: Columns, index: int) -> Any:
         """Row `index` of taken `columns`, as `StreamingDataset` yields it: by default a dict."""
         return {name: column[index] for name, column in columns.items()}
@@ -117,6 +121,9 @@ class _Selected(Source):
     def stamp(self) -> str | None:
         inner = self._source.stamp()
         return None if inner is None else fingerprint_of(inner, self._columns)
+
+    def where(self, row: int) -> str:
+        return self._source.where(row)
 
     def __str__(self) -> str:
         return str(self._source)

@@ -174,6 +174,12 @@ class BlockSource(Source):
         }
         return decoded, expected, table.nbytes
 
+    def where(self, row: int) -> str:
+        block = int(np.searchsorted(self._offsets, row, side="right")) - 1
+        whole = int(before(np.array([row]), self._dropped)[0])
+        place = self._row_in_file(block) + whole - int(self._whole_offsets[block])
+        return f"{self.paths[self._block_file[block]]}, row {place}"
+
     def read_rows(self, block: int) -> pa.Table:
         """The rows of `block` but for those that are left out."""
         table = self.read_table(block)

@@ -70,6 +70,9 @@ class ImageFolder(Source):
         with reading(path), open(path, "rb") as content:
             return content.read()
 
+    def where(self, row: int) -> str:
+        return os.path.join(self.path, self._files[row])
+
     def fingerprint(self) -> str:
         """Names and sizes of the files: to read them all would take too long."""
         sizes = [os.stat(os.path.join(self.path, file)).st_size for file in self._files]

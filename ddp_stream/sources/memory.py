@@ -109,7 +109,7 @@ class TorchDataset(Source):
     gives columns named "0", "1", ..., and anything else one column, "0".
     """
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: Dataset) -> None:  # type: ignore[type-arg]  # so that the command line can make one
         random_access = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
         if not hasattr(dataset, "__len__") or not random_access:
             raise DataError(

@@ -96,6 +96,9 @@ class Excluding(Source):
         inner = self._source.stamp()
         return None if inner is None else fingerprint_of(inner, self._dropped.tolist())
 
+    def where(self, row: int) -> str:
+        return self._source.where(int(before(np.array([row]), self._dropped)[0]))
+
     def sample(self, columns: Columns, index: int) -> Any:
         return self._source.sample(columns, index)
 
@@ -145,7 +148,8 @@ def find_bad_rows(source: Source) -> dict[int, str]:
             found = search(range(start, end), lambda part: _take(source, part))
             if start == 0 and len(found) == end > 1:
                 _take(source, range(end))  # none of so many rows: the fault lies elsewhere, and this says where
-            bad |= found
+            places = {row: getattr(source, "where", str)(row) for row in found}
+            bad |= {row: why if places[row] in why else f"{places[row]}: {why}" for row, why in found.items()}
     if len(bad) == len(source) > 0:
         row, reason = next(iter(bad.items()))
         raise DataError(f"{source}: no row can be read; row {row}: {reason}")

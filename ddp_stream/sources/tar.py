@@ -114,6 +114,10 @@ class WebDataset(Source):
             raise has_changed(self.paths[shard], f"it ends before byte {start + size}")
         return content
 
+    def where(self, row: int) -> str:
+        shard = int(np.searchsorted(self._first, row, side="right")) - 1
+        return f"{self.paths[shard]}, sample {self._key(row)}"
+
     def fingerprint(self) -> str:
         return fingerprint_of("WebDataset", [file_identity(path) for path in self.paths], len(self))
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ddp_stream.sources.base import Columns, Ints, Source, check_taken, fingerprint_of
+from ddp_stream.sources.base import Columns, DataError, Ints, Source, check_taken, fingerprint_of
 from ddp_stream.sources.paths import file_identity
 
 
@@ -34,9 +34,27 @@ class Transformed(Source):
     def take(self, rows: Ints) -> Columns:
         columns = self._source.take(rows)
         check_taken(columns, len(rows), str(self._source))
-        columns = self._transform(columns)
+        try:
+            columns = self._transform(columns)
+        except Exception as error:
+            raise self._named(error, rows) from error
         check_taken(columns, len(rows), f"the transform {name_of(self._transform)} of {self._source}")
         return columns
+
+    def _named(self, error: Exception, rows: Ints) -> Exception:
+        """`error` with the first of `rows` that makes the transform fail by itself, found by halving."""
+        while len(rows) > 1:
+            half = rows[: len(rows) // 2]
+            try:
+                self._transform(self._source.take(half))
+                rows = rows[len(half) :]
+            except Exception as found:
+                error, rows = found, half
+        try:
+            self._transform(self._source.take(rows))
+            return error  # it takes several rows to make it fail
+        except Exception as found:
+            return DataError(f"{self.where(int(rows[0]))}: the transform {name_of(self._transform)} fails: {found}")
 
     def ahead(self, rows: Ints) -> None:
         self._source.ahead(rows)
@@ -70,6 +88,9 @@ class Transformed(Source):
             return None
         settings = getattr(self._transform, "__dict__", {}) if not hasattr(self._transform, "__name__") else {}
         return fingerprint_of(inner, name_of(self._transform), file_identity(file), settings)
+
+    def where(self, row: int) -> str:
+        return self._source.where(row)
 
     def __str__(self) -> str:
         return str(self._source)

@@ -16,8 +16,8 @@ from ddp_stream.training.task import Task
 class DataConfig:
     """Where rows come from, and how they are dealt."""
 
-    path: str | None = None
-    """A file, a directory or a glob, in any of the formats of the README; by default 1,000 synthetic rows."""
+    path: list[str] | str | None = None
+    """A file, a directory, a glob, or a list of them, in any format of the README; by default 1,000 synthetic rows."""
     source: Source | None = None
     """A source by import path, with its arguments as --data.source.NAME; in place of path."""
     columns: list[str] | None = None
@@ -110,8 +110,8 @@ class CheckpointConfig:
 class EvalConfig:
     """Rows that the model is measured on, each exactly once, and not trained with."""
 
-    path: str | None = None
-    """A file, a directory or a glob of the same columns as the training data; by default there is no evaluation."""
+    path: list[str] | str | None = None
+    """A file, a directory, a glob, or a list of them, with the columns of the training data; by default none."""
     source: Source | None = None
     """A source by import path, with its arguments as --eval.source.NAME; in place of path."""
     every_epochs: int = 1

@@ -50,7 +50,9 @@ def make_eval_source(config: EvalConfig, data: DataConfig) -> Source | None:
     return _prepared(config.path, config.source, data, None)
 
 
-def _prepared(path: str | None, source: Source | None, config: DataConfig, rows: list[int] | None) -> Source:
+def _prepared(
+    path: list[str] | str | None, source: Source | None, config: DataConfig, rows: list[int] | None
+) -> Source:
     """Choose columns, leave out rows, transform."""
     skip = config.on_bad_row == "skip"
     if path is not None:
@@ -97,7 +99,7 @@ def cost_of_full(loader: StreamLoader) -> str | None:
     )
 
 
-def _check_one(path: str | None, source: Source | None, group: str) -> None:
+def _check_one(path: list[str] | str | None, source: Source | None, group: str) -> None:
     if path is not None and source is not None:
         raise ValueError(
             f"--{group}.path {path} and --{group}.source {type(source).__name__} are both given, and rows come from one "

@@ -1,6 +1,8 @@
 """Rows that are left out: the ones named, and the ones that cannot be read; all others stay as they were."""
 
+import io
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from ddp_stream.sources import Csv, DataError, InMemory, exclude, open_source, s
 from ddp_stream.sources import text as text_module
 from ddp_stream.sources.base import before
 from ddp_stream.sources.transformed import Transformed
+from ddp_stream.transforms import DecodeImages
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +186,43 @@ def test_bad_rows_of_a_transform(monkeypatch):
     bad = [row for row in range(100) if row % 7 == 3]
     assert read(source) == {"half": [row / 2 for row in range(1, 100) if row != 50 and row not in bad]}
     assert sorted(source.excluded) == sorted([0, 50, *bad])
-    assert source.excluded[3] == "no half of 3"
+    assert source.excluded[3] == "InMemory(100 rows), row 3: the transform test_selection.half fails: no half of 3"
+
+
+def test_a_transform_that_fails_names_file_and_row():
+    Path("a.csv").write_text("x\n" + "2\n" * 5)
+    Path("b.csv").write_text("x\n" + "2\n" * 5 + "3\n" + "4\n")
+    whole = open_source(["a.csv", "b.csv"])
+    for source in (whole, exclude(whole, [0, 6, 7]), exclude(whole.select(["x"]), {3: "?"})):
+        with pytest.raises(DataError, match=r"^b.csv, row 5: the transform test_selection.half fails: no half of 3$"):
+            Transformed(source, half).take(np.arange(len(source)))
+
+
+def test_a_transform_that_fails_on_no_single_row():
+    def few(columns):
+        if len(columns["x"]) > 1:
+            raise KeyError("many")
+        return columns
+
+    with pytest.raises(KeyError, match="many"):
+        Transformed(InMemory({"x": np.arange(9)}), few).take(np.arange(9))
+
+
+def test_bad_images_and_samples_are_named():
+    png = io.BytesIO()
+    pytest.importorskip("PIL.Image").new("RGB", (4, 4)).save(png, "PNG")
+    for row in range(5):
+        Path(f"images/{row % 2}").mkdir(parents=True, exist_ok=True)
+        Path(f"images/{row % 2}/{row}.png").write_bytes(png.getvalue() if row != 3 else b"no image")
+    with tarfile.open("a.tar", "w") as tar:
+        for row in range(5):
+            tar.add(f"images/{row % 2}/{row}.png", f"{row:04}.image")
+    for path, left_out, name in [("images", 4, "images/1/3.png"), ("a.tar", 3, "a.tar, sample 0003")]:
+        source = skip_bad_rows(Transformed(open_source(path), DecodeImages()))
+        assert len(source) == 4
+        assert list(source.excluded) == [left_out]
+        assert source.excluded[left_out].startswith(f"{name}: the transform ddp_stream.transforms.DecodeImages fails: ")
+        assert "8 bytes, beginning with b'no image'" in source.excluded[left_out]
 
 
 def test_faults_that_are_not_those_of_rows_are_not_skipped():
