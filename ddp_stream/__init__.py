@@ -1,5 +1,6 @@
 """Distributed training on every row exactly once per epoch, with proof."""
 
+import ddp_stream.ancestry  # first: it notes the parent before torch is imported  # noqa: F401
 from ddp_stream.batch import Batch
 from ddp_stream.dataset import StreamingDataset
 from ddp_stream.loader import StreamLoader

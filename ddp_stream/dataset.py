@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ddp_stream.ancestry import die_with_parent
 from ddp_stream.batch import as_tensor
 from ddp_stream.message import Packed, Packer, Span
 from ddp_stream.order import BlockLayout, Order, Shuffle, make_order
@@ -204,10 +203,3 @@ def start_worker(_: int) -> None:
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     die_with_parent()
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere nothing happens)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

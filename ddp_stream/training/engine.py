@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ddp_stream.ancestry import die_with_parent
 from ddp_stream.batch import Batch
-from ddp_stream.dataset import die_with_parent
 from ddp_stream.order import mix
 from ddp_stream.topology import Topology, numbered_by_slurm
 from ddp_stream.training.network import interface_to_head
