@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -194,12 +196,38 @@ class SpanReader(IterableDataset[Any]):
         return size // self.plan.stride if size % self.plan.stride == 0 else None
 
 
+@contextlib.contextmanager
+def workers_start(start_method: str) -> Iterator[None]:
+    """DataLoader workers that start in here do not get stop signals until `start_worker` ignores them.
+
+    Nor does the fork server, with whose death they would die.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, _stop_signals())
+    try:
+        if start_method != "fork":
+            resource_tracker.ensure_running()  # which unblocks some of them
+            signal.pthread_sigmask(signal.SIG_BLOCK, _stop_signals())
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 def start_worker(_: int) -> None:
     """DataLoader's `worker_init_fn`: leave stop signals to the rank, and do not outlive it.
 
     torchrun signals whole process groups. A worker that dies of SIGTERM would take its rank with it before the rank
     could save, and a worker blocked on a full pipe would stay behind for ever when its rank is killed.
     """
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in _stop_signals():
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _stop_signals())
     die_with_parent()
+
+
+def _stop_signals() -> list[signal.Signals]:
+    names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]

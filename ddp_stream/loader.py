@@ -8,6 +8,7 @@ source.take(rows) -> transform -> a span of several steps     in the worker
 
 from __future__ import annotations
 
+import multiprocessing
 import multiprocessing.util
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ddp_stream.batch import Batch
-from ddp_stream.dataset import SpanReader, Transform, start_worker
+from ddp_stream.dataset import SpanReader, Transform, start_worker, workers_start
 from ddp_stream.message import Packed, Span, Unpacker
 from ddp_stream.order import Order, Shuffle
 from ddp_stream.partition import GlobalBatchPlan, Tail, shard_bounds
@@ -234,7 +235,9 @@ class StreamLoader:
             )
             # A generator of its own, because the DataLoader would otherwise draw from the global one.
             self._data_loader = DataLoader(self._reader, batch_size=None, generator=torch.Generator(), **self._options)
-        self._running[:] = [iter(self._data_loader)]
+        context = multiprocessing.get_context(self._options.get("multiprocessing_context"))
+        with workers_start(context.get_start_method()):
+            self._running[:] = [iter(self._data_loader)]
         iterator: Iterator[Span | Packed] = self._running[0]
         return iterator
 
