@@ -129,6 +129,7 @@ class Proof:
         self._topology = topology
         self._whole: Digest | None = None
         self.digest = Digest()
+        self._resumed_at = 0
         self._pending: list[torch.Tensor] = []
         self._pending_rows = 0
         self._table = np.zeros(plan.total, np.uint8) if plan.total <= TABLE_ROWS else None
@@ -140,6 +141,12 @@ class Proof:
         self._pending_rows += len(rows)
         if self._pending_rows >= _FOLD_ROWS:
             self._fold()
+
+    def resume(self, digest: dict[str, Any], offset: int) -> None:
+        """Go on behind lane offset `offset` of the epoch, with the `digest` of all ranks up to there."""
+        if self._topology.rank == 0:  # it is a sum over ranks, so one of them carries what was
+            self.digest.load_state_dict(digest)
+        self._resumed_at = offset
 
     def _fold(self) -> None:
         if self._pending:
@@ -173,34 +180,40 @@ class Proof:
         counts = None
         if self._table is not None and (seen != expected or left_out):
             # The rows of a part of an epoch are known by the order alone, so a repeated one must show in the counts.
-            counts = all_reduce_sum(torch.from_numpy(self._table.astype(np.int64))).numpy()
+            table = self._table.astype(np.int64)
+            for rows in self._rows_between(order, 0, self._resumed_at, self._topology):
+                table[rows] += 1  # an earlier attempt counted these
+            counts = all_reduce_sum(torch.from_numpy(table)).numpy()
         if seen == expected and (counts is None or counts.max() <= 1):
             return Verdict(seen.count, expected.count, left_out, 0, 0, True)
-        if counts is None:
-            short = expected.count - seen.count
-            missing, duplicate = (max(1, short), max(0, -short)) if short >= 0 else (0, -short)
-            if short == 0:
-                duplicate = 1
-            return Verdict(seen.count, expected.count, left_out, missing, duplicate, False, counted=False)
-        wanted = np.ones(self.plan.total, np.int64)
-        for rows in self._rows_between(order, end, self._longest_lane, Topology()):
-            wanted[rows] = 0
-        missing_rows = np.flatnonzero(counts < wanted)
-        duplicate_rows = np.flatnonzero(counts > wanted)
-        return Verdict(
-            rows=seen.count,
-            expected=expected.count,
-            left_out=left_out,
-            missing=len(missing_rows),
-            duplicate=int((counts - wanted)[duplicate_rows].sum()),
-            exactly_once=False,
-            missing_rows=tuple(missing_rows[:_NAMED].tolist()),
-            duplicate_rows=tuple(duplicate_rows[:_NAMED].tolist()),
-        )
+        if counts is not None:
+            wanted = np.ones(self.plan.total, np.int64)
+            for rows in self._rows_between(order, end, self._longest_lane, Topology()):
+                wanted[rows] = 0
+            missing_rows = np.flatnonzero(counts < wanted)
+            duplicate_rows = np.flatnonzero(counts > wanted)
+            if len(missing_rows) or len(duplicate_rows):
+                return Verdict(
+                    rows=seen.count,
+                    expected=expected.count,
+                    left_out=left_out,
+                    missing=len(missing_rows),
+                    duplicate=int((counts - wanted)[duplicate_rows].sum()),
+                    exactly_once=False,
+                    missing_rows=tuple(missing_rows[:_NAMED].tolist()),
+                    duplicate_rows=tuple(duplicate_rows[:_NAMED].tolist()),
+                )
+        # Too many rows to count each, or the fault is of an attempt before this one.
+        short = expected.count - seen.count
+        missing, duplicate = (max(1, short), max(0, -short)) if short >= 0 else (0, -short)
+        if short == 0:
+            duplicate = 1
+        return Verdict(seen.count, expected.count, left_out, missing, duplicate, False, counted=False)
 
     def reset(self) -> None:
         """Forget the epoch that was judged."""
         self.digest = Digest()
+        self._resumed_at = 0
         self._pending, self._pending_rows = [], 0
         if self._table is not None:
             self._table[:] = 0

@@ -131,6 +131,23 @@ def test_a_step_trained_twice():
     assert str(result) == "12 rows seen of 10: 0 missing, 2 duplicate; rows seen again 8, 9"
 
 
+def test_what_an_earlier_attempt_trained_on_is_not_missing():
+    proof = Proof(PLAN, Topology())
+    proof.resume(digest(0, 1, 2, 3).state_dict(), 4)
+    proof.record(Batch({}, rows=torch.tensor([8, 9]), weight=torch.ones(2)))
+    result = proof.verdict(ORDER)
+    assert (result.missing, result.missing_rows, result.duplicate) == (4, (4, 5, 6, 7), 0)
+
+
+def test_a_fault_of_an_earlier_attempt_shows_though_nobody_knows_its_rows():
+    proof = Proof(PLAN, Topology())
+    proof.resume(digest(0, 1, 2).state_dict(), 4)
+    proof.record(Batch({}, rows=torch.arange(4, 10), weight=torch.ones(6)))
+    result = proof.verdict(ORDER)
+    assert not result.exactly_once
+    assert str(result) == "9 rows seen of 10: at least 1 missing, at least 0 duplicate"
+
+
 def test_one_step_skipped_and_another_trained_twice():
     # The count alone is right: 10 - 4 + 4.
     result = verdict(PLAN, ORDER, skipped=[0], twice=[1])
