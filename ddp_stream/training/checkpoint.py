@@ -265,6 +265,10 @@ class Checkpoints:
                 sync_to_disk(unfinished / name)
             sync_to_disk(unfinished)
 
+        def sync_folder() -> None:
+            sync_to_disk(self.folder)
+            sync_to_disk(self.folder.parent)
+
         def retain() -> None:  # by another name first, so that one that is half removed is not taken for damaged
             whole = [path for path in find(self.folder) if verify(path, content=False) is None]
             for path in whole[: -self._keep]:
@@ -275,7 +279,7 @@ class Checkpoints:
             ("manifest", write_manifest),
             ("sync", sync),
             ("rename", lambda: _rename(unfinished, target)),
-            ("sync folder", lambda: sync_to_disk(self.folder)),
+            ("sync folder", sync_folder),
             ("retain", retain),
             ("clear", self._clear),
         ]

@@ -133,7 +133,9 @@ class Engine(ABC):
 
     def new_host_group(self) -> Any:
         """A group of all ranks for another thread's messages between hosts; None for a single process."""
-        return dist.new_group(backend="gloo") if dist.is_initialized() else None
+        if not dist.is_initialized():
+            return None
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
 
     def from_rank_0(self, value: T, group: Any = None) -> T:
         """Rank 0's `value`, on every rank."""

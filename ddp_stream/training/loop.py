@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -24,7 +25,7 @@ from ddp_stream.training.engine import Engine
 from ddp_stream.training.evaluation import evaluate
 from ddp_stream.training.optim import Schedule, make_optimizer
 from ddp_stream.training.reporter import Reporter
-from ddp_stream.training.rundir import RunDir
+from ddp_stream.training.rundir import RunDir, replacing, restarted
 from ddp_stream.training.stopping import StopRequest
 from ddp_stream.training.task import Task
 from ddp_stream.transfer import transfer
@@ -109,7 +110,7 @@ class Training:
             "columns": config.data.columns,
             "fill_null": config.data.fill_null,
             "transform": None if config.data.transform is None else name_of(config.data.transform),
-            "task": _import_path(self.task),
+            "task": f"{type(self.task).__module__}.{type(self.task).__qualname__}",
             **{f"optim.{name}": value for name, value in asdict(config.optim).items()},
         }
         self._warm = False
@@ -181,7 +182,8 @@ class Training:
         if self.engine.topology.rank != 0:
             return
         if reason is None:
-            safetensors.torch.save_model(self.engine.unwrap(), str(run.path / "model.safetensors"))
+            with replacing(run.path / "model.safetensors") as path:
+                safetensors.torch.save_model(self.engine.unwrap(), str(path))
             run.finish("done", self.step, f"{self.step} steps, every row exactly once in every epoch")
             return
         seconds = None if self.stop.asked_at is None else time.monotonic() - self.stop.asked_at
@@ -349,7 +351,11 @@ class Training:
         Raises:
             ValueError: the checkpoint belongs to other data or another order of it.
         """
-        path, damaged = self.checkpoints.choose(self.config.checkpoint.resume)
+        asked = self.config.checkpoint.resume
+        # Started again by the launcher, by the same command: what was asked for then, was done.
+        path, damaged = self.checkpoints.choose("auto" if restarted(os.environ) else asked)
+        if path is None and restarted(os.environ):
+            path, _ = self.checkpoints.choose(asked)
         for what in damaged:
             self.say(f"damaged checkpoint passed over: {what}")
         if path is None:
@@ -357,7 +363,9 @@ class Training:
         state = self.checkpoints.load(path)
         before, now = state["identity"], self.identity
         differing = [
-            f"{name} was {before.get(name)} and is {now.get(name)}" for name in now if before.get(name) != now[name]
+            f"{name} was {before.get(name)} and is {value}"
+            for name, value in now.items()
+            if json.dumps(before.get(name)) != json.dumps(value)  # by which a nan is a nan
         ]
         if differing:
             raise ValueError(
@@ -366,8 +374,7 @@ class Training:
             )
         self.step = self._saved_step = int(state["step"])
         self.loader.load_state_dict({"epoch": state["epoch"], "offset": state["offset"]})
-        if self.engine.topology.rank == 0:  # the digest is a sum over ranks, so one of them carries what was
-            self.proof.digest.load_state_dict(state["digest"])
+        self.proof.resume(state["digest"], state["offset"])
         self.reporter.load_mean(state["loss"])
         self.run_dir.log(
             "resume",
@@ -388,7 +395,3 @@ class Training:
         """A line for whoever watches, from rank 0."""
         if self.engine.topology.rank == 0:
             print(text, flush=True)
-
-
-def _import_path(task: Task) -> str:
-    return f"{type(task).__module__}.{type(task).__qualname__}"

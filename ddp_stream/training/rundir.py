@@ -10,11 +10,12 @@ RUN/model.safetensors
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -39,6 +40,11 @@ def choose_run_dir(requested: str | None, environ: Mapping[str, str]) -> Path:
     return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}{suffix}"
 
 
+def restarted(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun or Slurm started this run again by itself."""
+    return any(int(environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 class RunDir:
     """Writes the files of one attempt. Rank 0 writes all but the traces and the report of a failure.
 
@@ -61,7 +67,7 @@ class RunDir:
             OSError: the directory cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in ("config.yaml", "status.json"):
+        for name in ("config.yaml", "status.json", "model.safetensors"):
             for unfinished in self.path.glob(f".{name}.*"):  # by a process that was killed over it
                 unfinished.unlink()
         events = read_metrics(self.path / "metrics.jsonl")
@@ -158,10 +164,17 @@ def open_lines(path: Path) -> IO[str]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to; what is written takes the place of `path` at the end."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text)
+        yield temporary
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -71,10 +71,16 @@ class StopRequest:
             if over:
                 self.reason = over[0]
             else:
-                self.reason = next((_reason(path) for path in self._files if path.exists()), None)
+                self.reason = next(filter(None, map(_reason, self._files)), None)
         return self.reason is not None
 
 
-def _reason(file: Path) -> str:
-    lines = file.read_text().splitlines()
+def _reason(file: Path) -> str | None:
+    """What a file that asks to stop says; None if it is not there."""
+    try:
+        lines = file.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    except OSError:  # a directory of that name, or one that may not be read
+        lines = []
     return lines[0] if lines else f"{file.name} file in {os.fspath(file.parent)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,53 @@ def test_other_data_is_not_gone_on_with(tmp_path: Path) -> None:
         run(tmp_path, seed=1)
 
 
+def test_a_nan_that_stands_in_for_nulls_is_the_same_nan(tmp_path: Path) -> None:
+    for steps in (7, 9):
+        data = DataConfig(source=SyntheticRegression(200), global_batch_size=16, num_workers=0, fill_null=math.nan)
+        assert run(tmp_path, data=data, max_steps=steps).steps == steps
+
+
+@pytest.mark.parametrize("resume", ["never", "step-00000010"])
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_launcher_that_repeats_the_command_goes_on(
+    tmp_path: Path, launcher: str, resume: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "old", max_steps=12)
+    asked = resume if resume == "never" else str(tmp_path / "old" / "checkpoints" / resume)
+    begins = {"never": 0, "step-00000010": 10}[resume]
+    monkeypatch.setenv(launcher, "0")
+    run(tmp_path / "new", resume=asked, max_steps=begins + 2)
+    monkeypatch.setenv(launcher, "1")
+    run(tmp_path / "new", resume=asked, max_steps=begins + 4)
+    events = read_metrics(tmp_path / "new" / "metrics.jsonl")
+    resumed = [event["step"] for event in events if event["event"] == "resume"]
+    assert resumed == ([2] if resume == "never" else [10, 12])
+
+
+def test_a_launcher_that_repeats_the_command_before_there_is_a_checkpoint_goes_back_to_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "old", max_steps=12)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(tmp_path / "new", resume=str(find(tmp_path / "old" / "checkpoints")[0]), max_steps=13)
+    (resume,) = [event for event in read_metrics(tmp_path / "new" / "metrics.jsonl") if event["event"] == "resume"]
+    assert resume["step"] == 10
+
+
+def test_a_model_file_that_was_cut_short_is_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(model: torch.nn.Module, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    run(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr("safetensors.torch.save_model", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == whole
+    assert not list(tmp_path.glob(".model*"))
+
+
 def test_a_write_that_fails_leaves_the_ones_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, max_steps=12)
     before = find(tmp_path / "checkpoints")
@@ -146,6 +194,20 @@ def test_a_stop_file_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
     (tmp_path / "STOP").unlink()
     assert run(tmp_path).steps == 26
     assert status(tmp_path) == ("done", 26)
+
+
+def test_a_stop_that_cannot_be_read_is_a_stop(tmp_path: Path) -> None:
+    (tmp_path / "STOP").mkdir(parents=True)
+    assert 0 < run(tmp_path).steps < 26
+    assert f"STOP file in {tmp_path}" in json.loads((tmp_path / "status.json").read_text())["reason"]
+
+
+def test_a_checkpoint_after_so_many_minutes(tmp_path: Path) -> None:
+    saving = CheckpointConfig(every_minutes=1e-6)
+    run(tmp_path, checkpoint=saving, max_steps=12)
+    saved = [event["step"] for event in read_metrics(tmp_path / "metrics.jsonl") if event["event"] == "checkpoint"]
+    assert saved[0] < 12  # and not at the end only
+    assert saved[-1] == 12
 
 
 def test_the_command_lists_verifies_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
