@@ -6,7 +6,17 @@ from ddp_stream.dataset import StreamingDataset
 from ddp_stream.loader import StreamLoader
 from ddp_stream.partition import shard_bounds
 from ddp_stream.sources import open_source
+from ddp_stream.strided import StridedDataset
 from ddp_stream.topology import Topology
 from ddp_stream.training.task import Task
 
-__all__ = ["Batch", "StreamLoader", "StreamingDataset", "Task", "Topology", "open_source", "shard_bounds"]
+__all__ = [
+    "Batch",
+    "StreamLoader",
+    "StreamingDataset",
+    "StridedDataset",
+    "Task",
+    "Topology",
+    "open_source",
+    "shard_bounds",
+]

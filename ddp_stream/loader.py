@@ -301,7 +301,18 @@ def _end_workers(running: list[Any]) -> None:
 
 
 def resolve_shuffle(shuffle: Shuffle | bool | None, source: Source) -> Shuffle:
-    """The order that `shuffle` stands for over `source`."""
+    """The order that `shuffle` stands for over `source`.
+
+    Raises:
+        ValueError: an order is asked for of a source that can only be read in its own.
+    """
+    if getattr(source, "forward_only", False):
+        if shuffle is None or shuffle is False or shuffle == "none":
+            return "none"
+        raise ValueError(
+            f"shuffle={shuffle!r}: {source} is read forward only, and has no order but its own; use shuffle='none', or "
+            f"write the rows to files"
+        )
     if shuffle is False:
         return "none"
     if shuffle is None or shuffle is True:

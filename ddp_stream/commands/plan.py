@@ -121,7 +121,7 @@ def _print_plan(deal: Deal, loader: StreamLoader, config: TrainConfig, task: Tas
     _print("tail", f"{plan.tail}: {deal.padded_slots:,} empty slots, all in the last step; {left_out:,} rows left out")
     if deal.steps:
         _print_readers(deal, loader, min(per_node, world))
-    _print_model(deal, config, task, world)
+    _print_model(deal, loader, config, task, world)
     for problem, fix in foreseen(deal):
         _print("MIND", problem, f"-> {fix}")
 
@@ -143,6 +143,9 @@ def _print_readers(deal: Deal, loader: StreamLoader, per_node: int) -> None:
         if times > 1.5 and plan.global_batch_size % world == 0 and plan.lanes % world and loader.shuffle == "blocks":
             hint = f"; with --data.lanes {world} a rank reads only its own part of the files"
         _print("reading", f"{times:.2f} rows decoded for every row used, with a cache of {_size(CACHE_BYTES)}{hint}")
+    elif _forward_only(loader):
+        readers = world * max(1, loader.num_workers)
+        _print("reading", f"{readers:,} rows read for every row used: every reader passes over the rows of the others")
     else:
         _print("reading", "1.00 rows read for every row used: any row is as near as any other")
     ahead = (loader.messages_ahead + 1) * deal.message_bytes  # and the one that is trained on
@@ -155,7 +158,7 @@ def _print_readers(deal: Deal, loader: StreamLoader, per_node: int) -> None:
     )
 
 
-def _print_model(deal: Deal, config: TrainConfig, task: Task | None, world: int) -> None:
+def _print_model(deal: Deal, loader: StreamLoader, config: TrainConfig, task: Task | None, world: int) -> None:
     if task is not None:
         try:
             with torch.device("meta"):
@@ -179,7 +182,12 @@ def _print_model(deal: Deal, config: TrainConfig, task: Task | None, world: int)
     )
     even = [n for n in sorted({world // 2, world - 1, world + 1, world * 2}) if 0 < n <= deal.plan.global_batch_size]
     shares = ", ".join(f"{n:,}{'' if deal.plan.global_batch_size % n == 0 else ' (uneven)'}" for n in even)
-    _print("resume", f"from (epoch, offset): no row is read to get there; on any ranks, such as {shares}")
+    price = "the rows before it are read again" if _forward_only(loader) else "no row is read"
+    _print("resume", f"from (epoch, offset): {price} to get there; on any ranks, such as {shares}")
+
+
+def _forward_only(loader: StreamLoader) -> bool:
+    return bool(getattr(loader.source, "forward_only", False))
 
 
 def _print_step(deal: Deal, step: int) -> None:

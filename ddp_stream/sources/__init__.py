@@ -4,6 +4,7 @@ from ddp_stream.sources.arrow import Arrow, HFDataset
 from ddp_stream.sources.base import DataError, Source
 from ddp_stream.sources.compressed import CompressedText
 from ddp_stream.sources.csv import Csv
+from ddp_stream.sources.forward import ForwardOnly
 from ddp_stream.sources.images import ImageFolder
 from ddp_stream.sources.jsonl import JsonLines
 from ddp_stream.sources.memory import InMemory, SyntheticRegression, TorchDataset
@@ -19,6 +20,7 @@ __all__ = [
     "CompressedText",
     "Csv",
     "DataError",
+    "ForwardOnly",
     "HFDataset",
     "ImageFolder",
     "InMemory",

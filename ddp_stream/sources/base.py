@@ -64,6 +64,11 @@ class Source(ABC):
         return False
 
     @property
+    def forward_only(self) -> bool:
+        """Rows can be read in their own order only."""
+        return False
+
+    @property
     def excluded(self) -> Mapping[int, str]:
         """Rows that were left out on purpose and are not counted here: their ids before that, and why."""
         return {}
@@ -113,6 +118,10 @@ class _Selected(Source):
     @property
     def decodes_blocks(self) -> bool:
         return self._source.decodes_blocks
+
+    @property
+    def forward_only(self) -> bool:
+        return self._source.forward_only
 
     @property
     def excluded(self) -> Mapping[int, str]:

@@ -124,12 +124,16 @@ class TorchDataset(Source):
     def take(self, rows: Ints) -> Columns:
         ids = rows.tolist()
         fetch = getattr(self.dataset, "__getitems__", None)
-        samples = fetch(ids) if fetch is not None else [self.dataset[row] for row in ids]
-        if not samples:
-            return {}
-        if isinstance(samples[0], Mapping):
-            return dict(default_collate(samples))
-        columns = default_collate(samples)
-        if not isinstance(samples[0], (tuple, list)):
-            columns = [columns]
-        return {str(index): column for index, column in enumerate(columns)}
+        return collate(fetch(ids) if fetch is not None else [self.dataset[row] for row in ids])
+
+
+def collate(samples: list[Any]) -> Columns:
+    """Columns of samples by torch's `default_collate`; those of a tuple are "0", "1", ..., that of a value is "0"."""
+    if not samples:
+        return {}
+    if isinstance(samples[0], Mapping):
+        return dict(default_collate(samples))
+    columns = default_collate(samples)
+    if not isinstance(samples[0], (tuple, list)):
+        columns = [columns]
+    return {str(index): column for index, column in enumerate(columns)}

@@ -88,6 +88,10 @@ class Excluding(Source):
         return self._source.decodes_blocks
 
     @property
+    def forward_only(self) -> bool:
+        return self._source.forward_only
+
+    @property
     def excluded(self) -> Mapping[int, str]:
         inner = self._source.excluded
         return {**inner, **original(self._reasons, np.array(sorted(inner), np.int64))[1]}

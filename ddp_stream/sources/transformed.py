@@ -76,6 +76,10 @@ class Transformed(Source):
         return self._source.decodes_blocks
 
     @property
+    def forward_only(self) -> bool:
+        return self._source.forward_only
+
+    @property
     def excluded(self) -> Mapping[int, str]:
         return self._source.excluded
 

@@ -80,6 +80,11 @@ def check_same_data(source: Source, engine: Engine) -> None:
         )
 
 
+def cost_of_order(loader: StreamLoader) -> str | None:
+    """What is worth knowing about the price of the order in force, if anything is."""
+    return cost_of_forward(loader) or cost_of_full(loader)
+
+
 def cost_of_full(loader: StreamLoader) -> str | None:
     """What the order `full` costs where blocks are decoded whole and do not fit the cache, and what to use instead."""
     if loader.shuffle != "full" or not loader.source.decodes_blocks:
@@ -96,6 +101,17 @@ def cost_of_full(loader: StreamLoader) -> str | None:
         f"its {deal.block_count:,} blocks, and these are decoded whole, {times:,.1f} rows for every row used, "
         f"{touched / deal.block_count * data / 1e6:,.0f} MB at a time in every worker; --data.shuffle blocks decodes each "
         f"block about once, a few at a time"
+    )
+
+
+def cost_of_forward(loader: StreamLoader) -> str | None:
+    """What it means that rows can only be read forward."""
+    if not getattr(loader.source, "forward_only", False):
+        return None
+    readers = loader.topology.world_size * max(1, loader.num_workers)
+    return (
+        f"{loader.source} is read forward only: each of {readers} reader(s) reads all rows to find its own, and a resume "
+        f"reads past those that were trained on; written to files, rows are read once"
     )
 
 

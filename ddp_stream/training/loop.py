@@ -20,7 +20,7 @@ from ddp_stream.sources.transformed import name_of
 from ddp_stream.training import faults
 from ddp_stream.training.checkpoint import Checkpoints
 from ddp_stream.training.config import DataConfig, TrainConfig
-from ddp_stream.training.data import check_same_data, cost_of_full, make_eval_source, make_loader, make_source
+from ddp_stream.training.data import check_same_data, cost_of_order, make_eval_source, make_loader, make_source
 from ddp_stream.training.engine import Engine
 from ddp_stream.training.evaluation import evaluate
 from ddp_stream.training.optim import Schedule, make_optimizer
@@ -146,7 +146,7 @@ class Training:
             f"epoch on {engine.topology.world_size} rank(s) x {loader.num_workers} worker(s), shuffle {loader.shuffle}, "
             f"{engine.device}; run directory {run.path}"
         )
-        for text in filter(None, (run.list_excluded(self.excluded), cost_of_full(loader))):
+        for text in filter(None, (run.list_excluded(self.excluded), cost_of_order(loader))):
             self.say(f"note: {text}")
         position = self.resume()
         total_steps = self.step + sum(
