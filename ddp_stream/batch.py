@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ddp_stream.texts import Texts
+
 
 class Batch(Mapping[str, Any]):
     """The columns of one rank's share of a global batch, and what is known about its rows.
@@ -107,6 +109,8 @@ class Batch(Mapping[str, Any]):
 
 def cut(value: Any, part: slice) -> Any:
     """Rows `part` of a column; a column may be a mapping or a tuple of columns."""
+    if isinstance(value, Texts):
+        return value[part].tolist()
     if isinstance(value, (torch.Tensor, list)):
         return value[part]
     if isinstance(value, (Mapping, tuple)):

@@ -19,6 +19,7 @@ from ddp_stream.message import Packed, Packer, Span
 from ddp_stream.order import BlockLayout, Order, Shuffle, make_order
 from ddp_stream.partition import GlobalBatchPlan, shard_bounds, span_starts
 from ddp_stream.sources.base import Column, Columns, DataError, Ints, Source, check_taken
+from ddp_stream.texts import as_lists
 from ddp_stream.topology import Topology
 
 Transform = Callable[[Columns], Columns]
@@ -67,7 +68,7 @@ class StreamingDataset(IterableDataset[Any]):
             rows = np.arange(first, min(first + _SAMPLES_AT_ONCE, end))
             columns = self.source.take(rows)
             check_taken(columns, len(rows), str(self.source))
-            columns = {name: as_tensor(column) for name, column in columns.items()}
+            columns = {name: as_tensor(column) for name, column in as_lists(columns).items()}
             for index in range(len(rows)):
                 yield sample(columns, index)
 
@@ -126,7 +127,7 @@ class SpanReader(IterableDataset[Any]):
         columns: Mapping[str, Column] = self.source.take(rows)
         check_taken(columns, len(rows), str(self.source))
         if self.transform is not None:
-            columns = self.transform(columns)
+            columns = self.transform(as_lists(columns))
             check_taken(columns, len(rows), f"the transform of {self.source}")
         if "" in columns:
             raise DataError(f"{self.source}: a column has an empty name; give it one")

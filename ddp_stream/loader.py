@@ -23,6 +23,7 @@ from ddp_stream.message import Packed, Span, Unpacker
 from ddp_stream.order import Order, Shuffle
 from ddp_stream.partition import GlobalBatchPlan, Tail, shard_bounds
 from ddp_stream.sources.base import Source
+from ddp_stream.texts import Texts
 from ddp_stream.topology import Topology
 
 MESSAGE_BYTES = 4 << 20
@@ -326,6 +327,6 @@ def _nbytes(column: Any) -> int:
         return int(column.nbytes)
     if isinstance(column, Mapping):
         return sum(_nbytes(value) for value in column.values())
-    if isinstance(column, (tuple, list)):
+    if isinstance(column, (tuple, list, Texts)):
         return sum(_nbytes(value) for value in column)
     return len(column) if isinstance(column, (str, bytes)) else 64

@@ -13,15 +13,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
 from ddp_stream.batch import pin
+from ddp_stream.texts import Texts, as_texts
 
 _ALIGNMENT = 64
 _FILLED, _RECEIVED, _RELEASED = range(3)
 """A block begins with three numbers: of the message it holds, of the last one that the rank got, and let go of."""
 _MOST_BLOCKS = 16
+
+_OFFSETS, _BYTES = "\0offsets", "\0bytes"
+"""What a column of strings is on its way; no column of a file has such a name."""
 
 Layout = list[tuple[str, torch.dtype, torch.Size, int]]
 
@@ -54,7 +59,7 @@ class Packed:
     """A span on its way between processes.
 
     Attributes:
-        span: the span, without its tensors
+        span: the span, without its tensors; the Arrow type in place of strings or bytes
         layout: name, type, shape and place in the block of every tensor; the row ids have the name ""
         loader: which of the rank's loaders it is for
         worker: who sent it
@@ -99,7 +104,12 @@ class Packer:
         tensors = {"": span.rows}
         others: dict[str, Any] = {}
         for name, column in span.columns.items():
-            (tensors if isinstance(column, torch.Tensor) else others)[name] = column
+            texts = as_texts(column) if isinstance(column, list) else column
+            pieces = texts.pieces() if isinstance(texts, Texts) else None
+            if pieces is not None:
+                others[name], tensors[name + _OFFSETS], tensors[name + _BYTES] = pieces
+            else:
+                (tensors if isinstance(column, torch.Tensor) else others)[name] = column
         layout: Layout = []
         end = _ALIGNMENT
         for name, tensor in tensors.items():
@@ -158,10 +168,16 @@ class Unpacker:
         del lent
         if page_locked:
             block = pin(block)
-        columns = {name: _view(block, dtype, shape, start) for name, dtype, shape, start in packed.layout}
-        rows = columns.pop("")
-        span = packed.span
-        return Span(span.epoch, span.offset, span.steps, {**columns, **span.columns}, rows)
+        columns: dict[str, Any] = {
+            name: _view(block, dtype, shape, start) for name, dtype, shape, start in packed.layout
+        }
+        rows, span = columns.pop(""), packed.span
+        for name, value in span.columns.items():
+            if isinstance(value, pa.DataType):
+                columns[name] = Texts.joined(value, columns.pop(name + _OFFSETS), columns.pop(name + _BYTES))
+            else:
+                columns[name] = value
+        return Span(span.epoch, span.offset, span.steps, columns, rows)
 
 
 def _release(head: NDArray[np.int64], message: int) -> None:

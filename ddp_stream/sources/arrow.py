@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from ddp_stream.sources.base import Columns, DataError, Ints, Source, fingerprint_of
+from ddp_stream.sources.base import Column, Columns, DataError, Ints, Source, fingerprint_of
 from ddp_stream.sources.decode import decode_column
 from ddp_stream.sources.decoded import CACHE_BYTES
 from ddp_stream.sources.files import BlockSource
@@ -136,7 +135,7 @@ class BatchSource(BlockSource):
     def without(self, rows: Mapping[int, str]) -> Source:
         return Excluding(self, rows)
 
-    def _decode(self, parts: list[pa.Array], name: str, back: Ints | None) -> NDArray[Any] | list[Any]:
+    def _decode(self, parts: list[pa.Array], name: str, back: Ints | None) -> Column:
         """A column from the batches' parts of it, in the order `back`."""
         if pa.types.is_dictionary(parts[0].type):
             parts = [part.dictionary_decode() for part in parts]

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ddp_stream.texts import Texts
+
 Ints: TypeAlias = NDArray[np.int64]
-Column: TypeAlias = "torch.Tensor | NDArray[Any] | list[Any]"
+Column: TypeAlias = "torch.Tensor | NDArray[Any] | Texts | list[Any]"
 Columns: TypeAlias = Mapping[str, Column]
 
 

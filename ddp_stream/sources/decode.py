@@ -10,12 +10,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ddp_stream.sources.base import DataError
+from ddp_stream.texts import TEXT_TYPES, Texts, end_to_end
 
 
 def decode_column(
     column: pa.ChunkedArray, name: str, path: str, first_row: int, fill_null: float | None
-) -> NDArray[Any] | list[Any]:
-    """An Arrow column as an array (numbers, booleans, lists of one length) or a list (strings, bytes, other lists).
+) -> NDArray[Any] | Texts | list[Any]:
+    """An Arrow column as an array (numbers, booleans, lists of one length), Texts (strings, bytes) or a list (other lists).
 
     Timestamps, dates, times and durations become whole numbers in the unit of the file, decimals float64, lists of
     lists of one length arrays of more dimensions, and a pair of `bytes` and `path`, as Hugging Face keeps an image,
@@ -44,11 +45,14 @@ def decode_column(
         kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         try:
-            return list(column.to_pylist())
-        except UnicodeDecodeError as error:
-            row = first_row + next(row for row, value in enumerate(column) if not _is_utf8(value))
-            raise DataError(f"{path}: column {name!r} is no UTF-8 text in row {row} ({error})") from None
-    if pa.types.is_struct(kind) or pa.types.is_map(kind) or _is_binary(kind):
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            row, error = next((row, error) for row, value in enumerate(column) if (error := _no_utf8(value)))
+            raise DataError(f"{path}: column {name!r} is no UTF-8 text in row {first_row + row} ({error})") from None
+        return _texts(column, pa.large_string())
+    if _is_binary(kind):
+        return _texts(column, pa.large_binary())
+    if pa.types.is_struct(kind) or pa.types.is_map(kind):
         return list(column.to_pylist())
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
         column = column.cast(pa.large_list(kind.value_type))
@@ -105,12 +109,19 @@ def _numbers(values: Any) -> Any:
     return values
 
 
-def _is_utf8(value: pa.Scalar) -> bool:
+def _texts(column: pa.ChunkedArray, large: pa.DataType) -> Texts | list[Any]:
+    """A column of strings or bytes; `large` is what its type is kept as if it is one that Texts does not take."""
+    if column.type not in TEXT_TYPES:
+        column = column.cast(large)
+    return end_to_end([Texts(chunk) for chunk in column.chunks or [pa.array([], column.type)]])
+
+
+def _no_utf8(value: pa.Scalar) -> UnicodeDecodeError | None:
     try:
         value.as_py()
-    except UnicodeDecodeError:
-        return False
-    return True
+    except UnicodeDecodeError as error:
+        return error
+    return None
 
 
 def _decode_lists(column: pa.ChunkedArray, name: str, path: str, first_row: int) -> NDArray[Any] | list[Any]:

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddp_stream.sources.base import Ints
+from ddp_stream.texts import Texts, end_to_end
 
 CACHE_BYTES = 64 << 20
 """Decoded blocks that a process keeps beyond the ones that its current rows need."""
 
-Values = NDArray[Any] | list[Any]
+Values = NDArray[Any] | Texts | list[Any]
 Block = dict[str, Values]
 Decode = Callable[[int], tuple[Block, int, int]]
 """From the number of a block to its columns, its rows, and its size in bytes."""
@@ -94,16 +95,12 @@ class DecodedBlocks:
             return self._decode(block)
 
 
-def gather(values: Values, rows: Ints) -> Values:
-    """The values at `rows [n]`."""
-    if isinstance(values, list):
-        return [values[row] for row in rows.tolist()]
-    return values.take(rows, axis=0)
-
-
 def _laid_end_to_end(parts: Sequence[Values]) -> Values:
-    """An array if all parts are arrays of one shape of row, else a list."""
-    arrays = [part for part in parts if not isinstance(part, list)]
+    """An array if all parts are arrays of one shape of row, Texts if all are, else a list."""
+    texts = [part for part in parts if isinstance(part, Texts)]
+    if len(texts) == len(parts):
+        return end_to_end(texts)
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
     if len(arrays) == len(parts) and len({part.shape[1:] for part in arrays}) == 1:
         return np.concatenate(arrays)
     return [value for part in parts for value in part]

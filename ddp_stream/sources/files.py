@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from ddp_stream.sources.base import Columns, DataError, Ints, Source, before, check_columns, fingerprint_of, original
 from ddp_stream.sources.decode import decode_column
-from ddp_stream.sources.decoded import Block, DecodedBlocks, gather
+from ddp_stream.sources.decoded import Block, DecodedBlocks
+from ddp_stream.sources.memory import gather
 from ddp_stream.sources.paths import describe, file_identity, has_changed, stamp_of
 from ddp_stream.sources.selection import bad_values
 

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from ddp_stream.order import mix, mix_array
 from ddp_stream.sources.base import Column, Columns, DataError, Ints, Source, check_columns, fingerprint_of
+from ddp_stream.texts import Texts
 
 
 class InMemory(Source):
@@ -49,7 +50,7 @@ def gather(column: Column, rows: Ints) -> Column:
         return column.index_select(0, torch.from_numpy(rows))
     if isinstance(column, list):
         return [column[row] for row in rows.tolist()]
-    return column.take(rows, axis=0)
+    return column.take(rows) if isinstance(column, Texts) else column.take(rows, axis=0)
 
 
 class SyntheticRegression(Source):

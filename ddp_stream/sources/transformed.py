@@ -8,6 +8,7 @@ from typing import Any
 
 from ddp_stream.sources.base import Columns, DataError, Ints, Source, check_taken, fingerprint_of
 from ddp_stream.sources.paths import file_identity
+from ddp_stream.texts import as_lists
 
 
 class Transformed(Source):
@@ -35,7 +36,7 @@ class Transformed(Source):
         columns = self._source.take(rows)
         check_taken(columns, len(rows), str(self._source))
         try:
-            columns = self._transform(columns)
+            columns = self._transform(as_lists(columns))
         except Exception as error:
             raise self._named(error, rows) from error
         check_taken(columns, len(rows), f"the transform {name_of(self._transform)} of {self._source}")
