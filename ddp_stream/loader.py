@@ -229,7 +229,7 @@ class StreamLoader:
         if self._data_loader is None:
             self._reader.span_steps = steps_per_message(
                 self.slots[1] - self.slots[0],
-                row_bytes(self._reader),
+                row_bytes(self._reader, *self._reader.position.tolist()),
                 len(self),
                 self.num_workers,
                 self._reader.window_steps,
@@ -284,9 +284,13 @@ def steps_per_message(slots: int, row_bytes: int, steps: int, num_workers: int, 
     return max(1, min(fitting, steps // (2 * max(1, num_workers))))
 
 
-def row_bytes(reader: SpanReader) -> int:
-    """Bytes of one row in a message: its columns as the transform leaves them, and its id."""
-    return 8 + sum(_nbytes(column) for column in reader.read(np.zeros(1, np.int64)).values())
+def row_bytes(reader: SpanReader, epoch: int = 0, offset: int = 0) -> int:
+    """Bytes of one row in a message: its columns as the transform leaves them, and its id.
+
+    Seen in the first row that is read from `epoch` and `offset` on, whose block is then at hand.
+    """
+    row = reader.rows(reader.order(epoch), offset, 1)[:1]
+    return 8 + sum(_nbytes(column) for column in reader.read(row).values())
 
 
 def _end_workers(running: list[Any]) -> None:
