@@ -13,7 +13,6 @@ import multiprocessing.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 

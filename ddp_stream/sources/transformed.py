@@ -47,12 +47,12 @@ class Transformed(Source):
         while len(rows) > 1:
             half = rows[: len(rows) // 2]
             try:
-                self._transform(self._source.take(half))
+                self._transform(as_lists(self._source.take(half)))
                 rows = rows[len(half) :]
             except Exception as found:
                 error, rows = found, half
         try:
-            self._transform(self._source.take(rows))
+            self._transform(as_lists(self._source.take(rows)))
             return error  # it takes several rows to make it fail
         except Exception as found:
             return DataError(f"{self.where(int(rows[0]))}: the transform {name_of(self._transform)} fails: {found}")
