@@ -228,6 +228,19 @@ class Deal:
         return decoded / asked if asked else 1.0
 
 
+def size(count: float) -> str:
+    """Bytes, to be read.
+
+    >>> size(1536), size(3 << 40)
+    ('1.5 KiB', '3.0 TiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
 def foreseen(deal: Deal) -> list[tuple[str, str]]:
     """What would waste time or surprise, from arithmetic alone: each a problem and its fix."""
     plan, world = deal.plan, deal.world_size

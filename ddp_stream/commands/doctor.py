@@ -25,6 +25,7 @@ from ddp_stream.doctor.meeting import Meeting, MeetingError
 from ddp_stream.doctor.network import is_here, resolve
 from ddp_stream.topology import Topology
 from ddp_stream.training.config import TrainConfig
+from ddp_stream.training.network import choose_interface
 
 _OWN = ("hosts", "port", "wait_s", "config")
 _REST_S = 360.0  # for everything after the arrival, at worst
@@ -87,6 +88,7 @@ def run(parser: Parser, arguments: Any) -> int:
     try:
         if names is not None:
             _meet_by_hand(names, arguments["port"])
+        choose_interface(os.environ)  # as train does
         facts = gather(os.environ, settings, _own_code(config))
         if names is not None:
             facts.host = names[facts.rank]
@@ -96,8 +98,7 @@ def run(parser: Parser, arguments: Any) -> int:
     try:
         return _together(facts, config, wait_s, names)
     except MeetingError as error:
-        fix = "start it everywhere, see that this port is free on the head and open to all, and that the name is right"
-        return _report([facts], [Result("meeting", "failed", [Finding("FATAL", f"{facts}: {error}", fix)])])
+        return _report([facts], [Result("meeting", "failed", [Finding("FATAL", f"{facts}: {error}", error.fix)])])
     finally:
         watchdog.cancel()
 
@@ -192,6 +193,12 @@ def _meet_by_hand(names: list[str], port: int) -> None:
     if not mine:
         listed = "; ".join(f"{name} is {', '.join(found[name]) or 'unknown'}" for name in names)
         raise ValueError(f"--hosts {','.join(names)}: none of them is this machine, {socket.gethostname()}: {listed}")
+    if len(mine) > 1:
+        both = " and ".join(f"{names[index]} ({', '.join(found[names[index]])})" for index in mine)
+        raise ValueError(
+            f"--hosts {','.join(names)}: both {both} are this machine, {socket.gethostname()}, so that it cannot tell which "
+            f"of them it is; name machines by their addresses, or mend /etc/hosts here"
+        )
     os.environ.update(RANK=str(mine[0]), WORLD_SIZE=str(len(names)), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR=names[0], MASTER_PORT=str(port))
 

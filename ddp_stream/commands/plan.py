@@ -11,7 +11,7 @@ import torch
 
 import ddp_stream.tasks  # noqa: F401  (so that --task finds the ready ones by name)
 from ddp_stream.commands.cli import Parser, make_parser
-from ddp_stream.deal import Deal, Imagined, foreseen
+from ddp_stream.deal import Deal, Imagined, foreseen, size
 from ddp_stream.loader import StreamLoader
 from ddp_stream.simulate import simulate
 from ddp_stream.sources import Source
@@ -104,7 +104,7 @@ def _print(name: str, *lines: str) -> None:
 def _print_plan(deal: Deal, loader: StreamLoader, config: TrainConfig, task: Task | None, per_node: int) -> None:
     plan, world, workers = deal.plan, deal.world_size, deal.num_workers
     blocks = f" in {deal.block_count:,} blocks" if deal.block_count else ""
-    _print("data", f"{loader.source}: {plan.total:,} rows{blocks}, {_size(deal.row_bytes)} a row in a batch")
+    _print("data", f"{loader.source}: {plan.total:,} rows{blocks}, {size(deal.row_bytes)} a row in a batch")
     nodes = -(-world // per_node)
     _print(
         "cluster", f"{world:,} rank(s) x {workers} worker(s) = {world * workers:,} global workers on {nodes:,} node(s)"
@@ -133,16 +133,16 @@ def _print_readers(deal: Deal, loader: StreamLoader, per_node: int) -> None:
     slots = sorted({deal.slots(rank)[1] - deal.slots(rank)[0] for rank in (0, world - 1)})
     _print(
         "a rank",
-        f"{_span(by_rank)} rows an epoch ({_size(int(by_rank.max()) * deal.row_bytes)}), {_span(slots)} a step",
+        f"{_span(by_rank)} rows an epoch ({size(int(by_rank.max()) * deal.row_bytes)}), {_span(slots)} a step",
     )
     spans = _span(sorted({deal.span_steps(rank) for rank in (0, world - 1)}))
-    _print("a worker", f"{_span(by_worker)} rows an epoch, in messages of {spans} steps ({_size(deal.message_bytes)})")
+    _print("a worker", f"{_span(by_worker)} rows an epoch, in messages of {spans} steps ({size(deal.message_bytes)})")
     if deal.block_count:
         times = deal.amplification()
         hint = ""
         if times > 1.5 and plan.global_batch_size % world == 0 and plan.lanes % world and loader.shuffle == "blocks":
             hint = f"; with --data.lanes {world} a rank reads only its own part of the files"
-        _print("reading", f"{times:.2f} rows decoded for every row used, with a cache of {_size(CACHE_BYTES)}{hint}")
+        _print("reading", f"{times:.2f} rows decoded for every row used, with a cache of {size(CACHE_BYTES)}{hint}")
     elif _forward_only(loader):
         readers = world * max(1, loader.num_workers)
         _print("reading", f"{readers:,} rows read for every row used: every reader passes over the rows of the others")
@@ -151,10 +151,10 @@ def _print_readers(deal: Deal, loader: StreamLoader, per_node: int) -> None:
     ahead = (loader.messages_ahead + 1) * deal.message_bytes  # and the one that is trained on
     _print(
         "memory",
-        f"{_size(ahead)} of messages on their way to a rank, {_size(per_node * ahead)} of /dev/shm a node"
+        f"{size(ahead)} of messages on their way to a rank, {size(per_node * ahead)} of /dev/shm a node"
         if loader.num_workers
-        else f"{_size(deal.message_bytes)} a message, no shared memory",
-        *([f"{_size(workers * CACHE_BYTES)} of decoded blocks in a rank's workers"] if deal.block_count else []),
+        else f"{size(deal.message_bytes)} a message, no shared memory",
+        *([f"{size(workers * CACHE_BYTES)} of decoded blocks in a rank's workers"] if deal.block_count else []),
     )
 
 
@@ -167,12 +167,12 @@ def _print_model(deal: Deal, loader: StreamLoader, config: TrainConfig, task: Ta
             _print("checkpoint", f"size unknown: the model cannot be built without memory ({error})")
         else:
             state = {"adam": 2, "adamw": 2, "sgd": int(config.optim.momentum > 0)}[config.optim.name]
-            size = sum(value.nbytes for value in model.state_dict().values())
+            weights = sum(value.nbytes for value in model.state_dict().values())
             trained = sum(value.nbytes for value in model.parameters() if value.requires_grad)
             _print(
                 "checkpoint",
-                f"{_size(size)} of weights + {_size(state * trained)} of optimizer ({config.optim.name}), "
-                f"{config.checkpoint.keep} kept: {_size((config.checkpoint.keep + 1) * (size + state * trained))} of disk",
+                f"{size(weights)} of weights + {size(state * trained)} of optimizer ({config.optim.name}), "
+                f"{config.checkpoint.keep} kept: {size((config.checkpoint.keep + 1) * (weights + state * trained))} of disk",
             )
     every = min(config.checkpoint.every_steps or deal.steps, deal.steps)
     minutes = f" or {config.checkpoint.every_minutes:g} minutes" if config.checkpoint.every_minutes is not None else ""
@@ -231,11 +231,3 @@ def _print_row(deal: Deal, row: int) -> None:
 def _span(values: Any) -> str:
     low, high = int(np.min(values)), int(np.max(values))
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -92,7 +92,10 @@ def launcher(ranks: Sequence[Facts]) -> Result:
     findings = []
     if ranks[0].launcher["broken"]:
         fix = "start it with launch/local.sh, launch/accelerate.sh or torchrun"
-        findings.append(Finding("FATAL", ranks[0].launcher["broken"], fix))
+        if several(ranks):
+            fix = "start it on every machine with the same --nnodes and --nproc, and another --node-rank"
+        started = ", ".join(f"{len(group)} on {group[0].host}" for group in list(hosts(ranks).values())[:8])
+        findings.append(Finding("FATAL", f"{ranks[0].launcher['broken']}; started: {started}", fix))
     for group, theirs, others in odd_ones(ranks, lambda facts: facts.world_size):
         findings.append(
             Finding(
@@ -182,7 +185,8 @@ def head(ranks: Sequence[Facts]) -> Result | None:
                     "give the head's address instead of its name",
                 )
             )
-    if not ranks[0].launcher["agent_store"] and ranks[0].net["head_addresses"] and not ranks[0].net["head_is_here"]:
+    astray = ranks[0].rank == 0 and ranks[0].net["head_addresses"] and not ranks[0].net["head_is_here"]
+    if astray and not ranks[0].launcher["agent_store"]:
         findings.append(
             Finding(
                 "FATAL",
@@ -230,7 +234,7 @@ def interfaces(ranks: Sequence[Facts]) -> Result:
         name, address = facts.net["gloo"]
         named = facts.net["gloo_named"]
         route = facts.net.get("route", [None, None])[0]
-        better = route if route and route != "lo" else next((i for i in facts.net["interfaces"] if i != "lo"), "eth0")
+        better = route if route and route != "lo" else _interface_towards(ranks, facts)
         shown.append(f"{facts.host} {name or '?'} {address or 'no address'}")
         if named and not facts.net["interfaces"].get(name):
             findings.append(
@@ -277,6 +281,19 @@ def interfaces(ranks: Sequence[Facts]) -> Result:
     return Result("interfaces", f"gloo on {'; '.join(shown[:4])}{more}", findings)
 
 
+def _interface_towards(ranks: Sequence[Facts], facts: Facts) -> str:
+    """The interface of `facts` whose address is most like those by which the others reach the head."""
+    others = [other.net["route"][1] for other in ranks if other.network != facts.network and "route" in other.net]
+    own = [(address, name) for name, found in facts.net["interfaces"].items() for address in found if name != "lo"]
+    likeness = [(_shared(address, other or ""), name) for address, name in own for other in others]
+    return max(likeness, default=(0, own[0][1] if own else "eth0"), key=lambda pair: pair[0])[1]
+
+
+def _shared(one: str, two: str) -> int:
+    """How many characters two addresses have in common from the left."""
+    return next((index for index, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+
+
 def all_reduce(ranks: Sequence[Facts]) -> Result | None:
     """An all-reduce gives the right sum on every rank; how fast, and which pair is slowest."""
     if len(ranks) == 1:
@@ -284,11 +301,11 @@ def all_reduce(ranks: Sequence[Facts]) -> Result | None:
     findings = []
     failed = [facts for facts in ranks if facts.exchange.get("error")]
     if failed:
-        other = [facts for facts in failed if "pairs" not in facts.exchange]
+        other = [facts for facts in failed if not facts.exchange.get("in_vain")] or failed
         findings.append(
             Finding(
                 "FATAL",
-                f"{who(other or failed)} could not talk to the others: {(other or failed)[0].exchange['error']}",
+                f"{who(other)} could not talk to the others: {other[0].exchange['error']}",
                 "see head, interfaces and port above; a firewall must let any port through between the machines",
             )
         )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from ddp_stream.deal import size
 from ddp_stream.doctor.checks import Finding, Result, hosts, odd_ones, several, who
 from ddp_stream.doctor.facts import Facts
 
-_MIB = 1 << 20
+_LEAST_SHM = 1 << 20
+_TELLING_S = 0.2  # what was read in less time says little of the disk
 
 
 def versions(ranks: Sequence[Facts]) -> Result:
@@ -92,7 +94,8 @@ def data_rate(ranks: Sequence[Facts]) -> Result | None:
     slowest = min(rates, key=lambda facts: facts.data["rows_per_s"])
     usual = statistics.median(facts.data["rows_per_s"] for facts in rates)
     findings = []
-    if several(rates) and slowest.data["rows_per_s"] < usual / 5:
+    long_enough = min(facts.data["read_s"] for facts in rates) > _TELLING_S
+    if several(rates) and long_enough and slowest.data["rows_per_s"] < usual / 5:
         findings.append(
             Finding(
                 "WARN",
@@ -118,6 +121,7 @@ def foreseen(ranks: Sequence[Facts]) -> Result | None:
 def cpus(ranks: Sequence[Facts]) -> Result:
     """A CPU for every worker at least."""
     findings, fewest = [], float("inf")
+    slurm = ranks[0].launcher["slurm_job"] is not None
     for group in hosts(ranks).values():
         shared: dict[str, list[Facts]] = {}
         for facts in group:
@@ -131,8 +135,8 @@ def cpus(ranks: Sequence[Facts]) -> Result:
                     Finding(
                         "WARN",
                         f"{together[0].host}: {len(together)} rank(s) with {workers} workers share {allotted:g} CPUs",
-                        f"--data.num_workers {int(allotted) // len(together)}, or ask for {workers + len(together)} CPUs "
-                        f"(--cpus-per-task, and SRUN_CPUS_PER_TASK for srun)",
+                        f"--data.num_workers {int(allotted) // len(together)}, or {workers + len(together)} CPUs"
+                        + (" (--cpus-per-task, and SRUN_CPUS_PER_TASK for srun)" if slurm else ""),
                     )
                 )
     return Result("CPUs", f"{fewest:g} a rank, {ranks[0].data['num_workers']} workers each", findings)
@@ -142,7 +146,7 @@ def shared_memory(ranks: Sequence[Facts]) -> Result:
     """/dev/shm holds the messages on their way from workers to ranks."""
     findings, detail = [], "no workers, so none needed"
     for group in hosts(ranks).values():
-        need = sum(facts.data.get("shm_bytes", 0) for facts in group)
+        need = max(sum(facts.data.get("shm_bytes", 0) for facts in group), _LEAST_SHM)
         free = min((f.machine["shm_bytes"] for f in group if f.machine["shm_bytes"] is not None), default=None)
         if not group[0].data["num_workers"]:
             continue
@@ -150,14 +154,13 @@ def shared_memory(ranks: Sequence[Facts]) -> Result:
             detail = "no /dev/shm on this system"
             continue
         if "free" not in detail:
-            detail = f"{free / _MIB:,.0f} MiB free, {need / _MIB:,.1f} MiB needed"
-        if free < max(need, _MIB):
+            detail = f"{size(free)} free, {size(need)} needed"
+        if free < need:
             findings.append(
                 Finding(
                     "FATAL",
-                    f"{group[0].host}: /dev/shm has {free / _MIB:,.1f} MiB free of "
-                    f"{group[0].machine['shm_total_bytes'] / _MIB:,.0f}, and the messages of {len(group)} rank(s) need "
-                    f"{need / _MIB:,.1f}: workers would die of a bus error",
+                    f"{group[0].host}: /dev/shm has {size(free)} free of {size(group[0].machine['shm_total_bytes'])}, and "
+                    f"the messages of {len(group)} rank(s) need {size(need)}: workers would die of a bus error",
                     "empty it, give the container a larger one (--shm-size), or --data.num_workers 0",
                 )
             )
@@ -173,13 +176,13 @@ def memory(ranks: Sequence[Facts]) -> Result:
         if free is None:
             continue
         if detail == "unknown":
-            detail = f"{free / _MIB:,.0f} MiB free, the loaders need {need / _MIB:,.1f}"
+            detail = f"{size(free)} free, the loaders need {size(need)}"
         if free < need:
             findings.append(
                 Finding(
                     "FATAL",
-                    f"{group[0].host}: {free / _MIB:,.0f} MiB of memory are free, and the loaders of {len(group)} rank(s) "
-                    f"hold {need / _MIB:,.0f}",
+                    f"{group[0].host}: {size(free)} of memory are free, and the loaders of {len(group)} rank(s) hold "
+                    f"{size(need)}",
                     "ask for more memory, or fewer --data.num_workers",
                 )
             )

@@ -62,5 +62,6 @@ def _gather(config: TrainConfig, topology: Topology, facts: dict[str, Any]) -> N
         if time.monotonic() - started > _READ_S:
             break
     seconds = time.monotonic() - started
+    facts["read_s"] = seconds
     facts["rows_per_s"] = rows / seconds if rows else 0.0
     facts["bytes_per_s"] = deal.row_bytes * facts["rows_per_s"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from ddp_stream.doctor.limits import limited
+from ddp_stream.doctor.limits import InVain, limited
 from ddp_stream.topology import Topology
 from ddp_stream.training.engine import backend_for, pick_device
 
@@ -27,12 +28,18 @@ _MOST_PAIRED = 16
 
 def exchange(topology: Topology, store: Store, leaders: list[int]) -> dict[str, Any]:
     """Facts on the communication of this rank; an `error` where there is none."""
-    facts: dict[str, Any] = {"error": None}
+    facts: dict[str, Any] = {"error": None, "stage": "choosing a device", "in_vain": False}
+    own = store.clone()  # a thread that is left behind in a wait would keep its store for itself
     try:
-        limited(lambda: _exchange(topology, store, leaders, facts), TOTAL_S, facts.get("stage", "connecting all ranks"))
+        limited(
+            lambda: _exchange(topology, own, leaders, facts), TOTAL_S, "the exchange", lambda: store.check(["failed"])
+        )
     except Exception as error:  # gloo and NCCL raise of many kinds, and this is to be reported
-        stage = facts.get("stage", "choosing a device")
-        facts["error"] = f"{stage}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        with contextlib.suppress(RuntimeError):
+            store.set("failed", "")
+        said = re.sub(r"\[[^]]*\.cc:\d+\] ", "", str(error).partition("\n")[0])  # where in gloo's code
+        facts["error"] = f"{facts['stage']}: {type(error).__name__}: {said}"
+        facts["in_vain"] = isinstance(error, InVain)
     return facts
 
 

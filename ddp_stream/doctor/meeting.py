@@ -20,10 +20,19 @@ from ddp_stream.doctor.limits import limited
 
 _STORE_S = 10.0
 _SHARED_S = 15.0
+_OTHER_PORT = "another port, or see who has this one: ss -ltnp"
 
 
 class MeetingError(RuntimeError):
-    """This rank could not reach the others."""
+    """This rank could not reach the others, and what to do about it."""
+
+    def __init__(
+        self,
+        what: str,
+        fix: str = "start it everywhere, and see that the head's name is right and its port open to all",
+    ) -> None:
+        super().__init__(what)
+        self.fix = fix
 
 
 class Meeting:
@@ -63,19 +72,21 @@ class Meeting:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(("", port))
         except OSError as error:
-            raise MeetingError(f"port {port} on this machine cannot be had ({error.strerror})") from None
+            raise MeetingError(f"port {port} on this machine cannot be had ({error.strerror})", _OTHER_PORT) from None
         try:
             return limited(lambda: self._tcp("127.0.0.1", port, True), _STORE_S, f"making a store on port {port}")
         except (RuntimeError, OSError) as error:
-            raise MeetingError(f"port {port} on this machine cannot be had ({_first_line(error)})") from None
+            raise MeetingError(
+                f"port {port} on this machine cannot be had ({_first_line(error)})", _OTHER_PORT
+            ) from None
 
     def _reach(self, head: str, port: int) -> TCPStore:
-        wrong = ""
+        wrong, fix = "", list[str]()
         while time.monotonic() < self._deadline:
             try:
                 socket.create_connection((head, port), 3).close()
             except OSError as error:
-                wrong = str(error)
+                wrong, fix = str(error), []
                 time.sleep(0.3)
                 continue
             try:
@@ -83,7 +94,8 @@ class Meeting:
                 return limited(lambda: self._tcp(head, port, False), _STORE_S, "its answer")
             except (RuntimeError, OSError) as error:
                 wrong = f"something answers that is no store, so another program has the port; {_first_line(error)}"
-        raise MeetingError(f"{head} port {port} could not be reached within {self._wait_s:g} s ({wrong})")
+                fix = [_OTHER_PORT]
+        raise MeetingError(f"{head} port {port} could not be reached within {self._wait_s:g} s ({wrong})", *fix)
 
     @staticmethod
     def _tcp(host: str, port: int, serve: bool) -> TCPStore:

@@ -23,7 +23,7 @@ from ddp_stream.ancestry import die_with_parent
 from ddp_stream.batch import Batch
 from ddp_stream.order import mix
 from ddp_stream.topology import Topology, numbered_by_slurm
-from ddp_stream.training.network import interface_to_head
+from ddp_stream.training.network import choose_interface
 from ddp_stream.training.task import Task
 
 T = TypeVar("T")
@@ -271,10 +271,7 @@ def make_engine(name: str, timeout_s: float) -> Engine:
         WorldError: fewer or more processes run than the launcher promised.
     """
     check_launcher(os.environ)
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
-        interface = interface_to_head(os.environ)
-        if interface is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    choose_interface(os.environ)
     if "TORCHELASTIC_RUN_ID" in os.environ or numbered_by_slurm(os.environ):
         die_with_parent()  # torchrun's agent, or Slurm's step daemon; killed, it would leave its ranks behind
     return AccelerateEngine(timeout_s) if name == "accelerate" else DdpEngine(timeout_s)

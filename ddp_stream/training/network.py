@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import psutil
+
+
+def choose_interface(environ: MutableMapping[str, str]) -> None:
+    """Have gloo use the interface on the way to the head, unless `GLOO_SOCKET_IFNAME` names one already."""
+    interface = interface_to_head(environ) if "GLOO_SOCKET_IFNAME" not in environ else None
+    if interface is not None:
+        environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def interface_to_head(environ: Mapping[str, str]) -> str | None:

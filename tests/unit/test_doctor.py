@@ -16,7 +16,7 @@ from ddp_stream.commands import doctor
 from ddp_stream.doctor import checks
 from ddp_stream.doctor.exchange import rounds
 from ddp_stream.doctor.facts import Facts, gather
-from ddp_stream.doctor.limits import limited
+from ddp_stream.doctor.limits import InVain, limited
 from ddp_stream.doctor.meeting import Meeting, MeetingError
 from ddp_stream.doctor.network import is_here, own_interfaces, resolve
 
@@ -53,6 +53,7 @@ def cluster(gathered):
         facts.data = {
             "num_workers": 2, "source": "rows.csv", "rows": 1000, "fingerprint": "abc", "steps": 16, "foreseen": [],
             "shm_bytes": 20 * MIB, "memory_bytes": 150 * MIB, "messages_ahead": 4, "rows_per_s": 1e5, "bytes_per_s": 1e7,
+            "read_s": 1.0,
         }  # fmt: skip
         facts.clock = {"ahead_s": 0.001 * machine, "error_s": 0.001} if local == 0 else {}
         facts.run_dir = (
@@ -95,8 +96,8 @@ FAULTS = {
         lambda c: on(c, *ALL, launcher={"broken": "DDP_STREAM_WORLD_SIZE=8 processes were promised"}),
         "world size",
         "FATAL",
-        "DDP_STREAM_WORLD_SIZE=8",
-        "launch/",
+        "DDP_STREAM_WORLD_SIZE=8 processes were promised; started: 2 on ada, 2 on bob",
+        "--nproc",
     ),
     "world sizes": (
         lambda c: on(c, 3, world_size=5),
@@ -310,14 +311,14 @@ FAULTS = {
         lambda c: on(c, *BOB, machine={"shm_bytes": 39 * MIB}),
         "/dev/shm",
         "FATAL",
-        "bob: /dev/shm has 39.0 MiB free of 1,000, and the messages of 2 rank(s) need 40.0",
+        "bob: /dev/shm has 39.0 MiB free of 1000.0 MiB, and the messages of 2 rank(s) need 40.0 MiB",
         "--shm-size",
     ),
     "memory": (
         lambda c: on(c, *BOB, machine={"memory_bytes": 299 * MIB}),
         "memory",
         "FATAL",
-        "bob: 299 MiB of memory are free",
+        "bob: 299.0 MiB of memory are free",
         "--data.num_workers",
     ),
     "files": (
@@ -433,6 +434,9 @@ def test_a_call_with_a_limit():
     with pytest.raises(TimeoutError, match=r"sleeping took more than 0.1 s"):
         limited(lambda: time.sleep(3), 0.1, "sleeping")
     assert time.monotonic() - started < 3
+    with pytest.raises(InVain, match=r"sleeping was given up, since another rank had failed"):
+        limited(lambda: time.sleep(60), 60, "sleeping", lambda: True)
+    assert time.monotonic() - started < 20
 
 
 def test_a_network_as_it_is_here():
