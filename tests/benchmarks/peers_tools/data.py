@@ -13,8 +13,10 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -75,6 +77,38 @@ def matrix(case: Case) -> np.ndarray:
     values[:, :FEATURES] = np.random.default_rng(0).standard_normal((case.rows, FEATURES), np.float32)
     values[:, FEATURES] = np.arange(case.rows)
     return values
+
+
+def rows_of(case: Case, folder: Path) -> Sequence[Any]:
+    """The rows as whoever converts them has them: arrays, text, or `(JPEG, label)`."""
+    if case.kind == "images":
+        return [row for shard in shards(folder / case.file) for row in members(shard.read_bytes())]
+    if case.kind == "tokens":
+        return tokens(folder / case.file)
+    if case.kind == "text":
+        return pq.read_table(folder / case.file)["text"].to_pylist()
+    return matrix(case)
+
+
+def shards(folder: Path | str) -> list[Path]:
+    return sorted(Path(folder).glob("*.tar"))
+
+
+def members(tar: bytes) -> Iterator[tuple[bytes, int]]:
+    """JPEG and label of every sample of a shard in memory. Its headers are plain, and the two lie side by side."""
+    found, start = [], 0
+    while size_digits := tar[start + 124 : start + 135].strip(b"\0"):
+        begin, size = start + 512, int(size_digits, 8)
+        found.append(tar[begin : begin + size])
+        start = begin + -(-size // 512) * 512
+        if len(found) == 2:
+            yield found[0], int(found[1])
+            found = []
+
+
+def tokens(path: Path | str) -> np.ndarray:
+    """`[rows, 1024]`, mapped; writable in memory, as torch wants it, never in the file."""
+    return np.memmap(path, np.uint16, "c").reshape(-1, WINDOW)
 
 
 def _table(case: Case, path: Path) -> None:

@@ -1,23 +1,24 @@
 """Hugging Face datasets: streamed from the file, streamed as Arrow batches in process, and map-style.
 
 Streaming follows its guide: `reshard` makes shards of row groups, `shuffle` permutes them and mixes rows in a buffer,
-`batch` after `with_format` stays in Arrow. The map-style dataset was written to disk with the features in one column.
+`batch` after `with_format` stays in Arrow; images come from the tar shards. The map-style dataset was written to disk,
+with features, and tokens, in one column; streaming reads tokens from there, in 16 shards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from peers_tools.base import Loader, Setup
-from peers_tools.data import BATCH, NAMES, Case
+from peers_tools.base import Loader, Setup, pixels
+from peers_tools.data import BATCH, NAMES, SHARDS, WINDOW, rows_of, shards
 
 _BUFFER = 10_000
 
@@ -34,10 +35,25 @@ def stack_tensors(batch: dict[str, Any]) -> dict[str, Any]:
     return {"features": torch.stack([batch[name] for name in NAMES], dim=1), "label": batch["label"]}
 
 
-def convert(case: Case, folder: Path) -> None:
+def decoded(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of images, read as bytes."""
+    return {
+        "image": torch.stack([pixels(image["bytes"]) for image in batch["jpg"]]),
+        "label": torch.tensor(batch["cls"]),
+    }
+
+
+def convert(setup: Setup, target: str) -> None:
     """The map-style dataset as Arrow files, features in one column of fixed-size lists."""
-    kind = "csv" if case.file.endswith(".csv") else "parquet"
-    data = datasets.load_dataset(kind, data_files=str(folder / case.file), split="train", cache_dir=str(folder / "hf"))
+    case, path = setup.case, setup.data(setup.case.file)
+    if case.kind == "tokens":
+        flat = pa.array(rows_of(case, setup.folder).reshape(-1))
+        data = datasets.Dataset(pa.table({"tokens": pa.FixedSizeListArray.from_arrays(flat, WINDOW)}))
+    elif case.kind == "images":
+        jpegs, labels = zip(*rows_of(case, setup.folder), strict=True)
+        data = datasets.Dataset.from_dict({"jpg": [{"bytes": jpeg} for jpeg in jpegs], "cls": labels})
+    else:
+        data = datasets.load_dataset("parquet", data_files=path, split="train", cache_dir=setup.data("hf"))
     if case.kind == "table":
         features = datasets.Features(
             {"features": datasets.List(datasets.Value("float32"), length=32), "label": datasets.Value("float32")}
@@ -49,7 +65,21 @@ def convert(case: Case, folder: Path) -> None:
             remove_columns=data.column_names,
             features=features,
         )
-    data.save_to_disk(str(folder / f"hf-map-{case.name}"))
+    data.save_to_disk(target)
+
+
+def stream(setup: Setup) -> Any:
+    """The file as an iterable dataset, in the shards that shuffling can permute."""
+    path = setup.data(setup.case.file)
+    if setup.case.kind == "images":
+        data = datasets.load_dataset("webdataset", data_files=[*map(str, shards(path))], split="train", streaming=True)
+        return data.select_columns(["jpg", "cls"]).cast_column("jpg", datasets.Image(decode=False))
+    if setup.case.kind == "tokens":
+        return datasets.load_from_disk(setup.data(f"hf-map-{setup.case.name}")).to_iterable_dataset(SHARDS)
+    if path.endswith(".csv"):  # without the types, every number is a float64
+        features = datasets.Features({name: datasets.Value("float32") for name in [*NAMES, "label"]})
+        return datasets.load_dataset("csv", data_files=path, features=features, split="train", streaming=True)
+    return datasets.load_dataset("parquet", data_files=path, split="train", streaming=True).reshard()
 
 
 class HfStream(Loader):
@@ -57,14 +87,7 @@ class HfStream(Loader):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        kind = "csv" if setup.case.file.endswith(".csv") else "parquet"
-        path = setup.data(setup.case.file)
-        features = None
-        if kind == "csv":  # else every number is a float64
-            features = datasets.Features({name: datasets.Value("float32") for name in [*NAMES, "label"]})
-        data = datasets.load_dataset(kind, data_files=path, features=features, split="train", streaming=True)
-        if kind == "parquet":
-            data = data.reshard()
+        data = stream(setup)
         if setup.shuffle:
             # Mixing several shards in the buffer, which is the default, takes five times as long.
             data = data.shuffle(seed=setup.seed, buffer_size=_BUFFER, max_buffer_input_shards=1)
@@ -74,6 +97,10 @@ class HfStream(Loader):
     def arranged(self, data: Any) -> Any:
         if self.setup.case.kind == "text":
             return data.batch(BATCH)
+        if self.setup.case.kind == "images":
+            return data.batch(BATCH).map(decoded, remove_columns=["jpg", "cls"])
+        if self.setup.case.kind == "tokens":
+            return data.with_format("torch").batch(BATCH)
         return data.with_format("torch").batch(BATCH).map(stack_tensors)
 
     def start(self) -> None:
@@ -107,7 +134,13 @@ class ArrowBatches(IterableDataset):
                 return
             data = data.shard(min(worker.num_workers, data.num_shards), worker.id)
         for table in data.iter(BATCH):
-            yield stack_table(table) if "label" in table.column_names else {"text": table["text"].to_pylist()}
+            if "text" in table.column_names:
+                yield {"text": table["text"].to_pylist()}
+            elif "tokens" in table.column_names:
+                flat = pa.concat_arrays(table["tokens"].chunks).flatten().to_numpy()
+                yield {"tokens": torch.from_numpy(flat.copy()).view(-1, WINDOW)}
+            else:
+                yield stack_table(table)
 
 
 class HfArrow(HfStream):
@@ -142,8 +175,11 @@ class HfMap(Loader):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        data = datasets.load_from_disk(setup.data(f"hf-map-{setup.case.name}"))
-        data = data if setup.case.kind == "text" else data.with_format("torch")
+        data = datasets.load_from_disk(setup.converted)
+        if setup.case.kind == "images":
+            data = data.with_transform(decoded)
+        elif setup.case.kind != "text":
+            data = data.with_format("torch")
         self.sampler = DistributedSampler(data, num_replicas=1, rank=0, shuffle=setup.shuffle, seed=setup.seed)
         workers = setup.workers
         self.loader = DataLoader(data, BATCH, sampler=self.sampler, num_workers=workers, persistent_workers=workers > 0)

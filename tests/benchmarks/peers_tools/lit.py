@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import litdata
 import torch
+from PIL import Image
 
 from peers_tools.base import Loader, Setup, delivered
-from peers_tools.data import BATCH, Case, matrix
+from peers_tools.data import BATCH, WINDOW, rows_of
 
 
-class TableRow:
+class Row:
     """Row `index` as a sample."""
 
-    def __init__(self, case: Case) -> None:
-        self.values = torch.from_numpy(matrix(case))
+    def __init__(self, setup: Setup) -> None:
+        self.rows = rows_of(setup.case, setup.folder)
 
-    def __call__(self, index: int) -> torch.Tensor:
-        return self.values[index].clone()
+    def __call__(self, index: int) -> Any:
+        row = self.rows[index]
+        if isinstance(row, tuple):
+            return {"image": Image.open(io.BytesIO(row[0])), "label": row[1]}
+        return row if isinstance(row, str) else torch.from_numpy(row).clone()
 
 
-def convert(case: Case, folder: Path) -> None:
+def loader_of(setup: Setup) -> Any:
+    return litdata.TokensLoader(block_size=WINDOW) if setup.case.kind == "tokens" else None
+
+
+def convert(setup: Setup, target: str) -> None:
     litdata.optimize(
-        fn=TableRow(case),
-        inputs=list(range(case.rows)),
-        output_dir=str(folder / "litdata-1"),
+        fn=Row(setup),
+        inputs=list(range(setup.case.rows)),
+        output_dir=target,
         chunk_bytes="4MB",
+        item_loader=loader_of(setup),
         num_workers=1,
         start_method="fork",
         verbose=False,
@@ -39,7 +48,8 @@ class Lit(Loader):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.data = litdata.StreamingDataset(
-            setup.data("litdata-1"),
+            setup.converted,
+            item_loader=loader_of(setup),
             shuffle=setup.shuffle,
             seed=setup.seed,
             drop_last=False,

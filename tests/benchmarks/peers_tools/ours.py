@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from ddp_stream import StreamLoader
-from ddp_stream.sources import decoded, open_source
+from ddp_stream.sources import Tokens, decoded, open_source
+from ddp_stream.transforms import DecodeImages
 from peers_tools.base import Loader, Setup, row_ids
-from peers_tools.data import BATCH, NAMES
+from peers_tools.data import BATCH, NAMES, WINDOW, shards
 
 # The files here are small enough that all their decoded blocks would fit the cache, and later epochs would read from
 # memory. Real ones do not, so every epoch is made to decode every block.
@@ -27,17 +28,34 @@ def stack(columns: Mapping[str, Any]) -> dict[str, Any]:
     return {"features": features, "label": columns["label"]}
 
 
+decode = DecodeImages("jpg")
+
+
+def image(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Channels before rows and columns of pixels, as every loader here delivers them: a view."""
+    return {"image": decode(columns)["jpg"].permute(0, 3, 1, 2), "label": torch.tensor([*map(int, columns["cls"])])}
+
+
+def source_of(setup: Setup) -> Any:
+    path = setup.data(setup.case.file)
+    if setup.case.kind == "tokens":  # windows side by side
+        return Tokens(path, sequence_length=WINDOW - 1, stride=WINDOW)
+    if setup.case.kind == "images":
+        return open_source([*map(str, shards(path))]).select(["jpg", "cls"])
+    return open_source(path)
+
+
 class Ours(Loader):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        source = open_source(setup.data(setup.case.file))
+        source = source_of(setup)
         self.loader = StreamLoader(
             source,
             BATCH,
             shuffle=setup.shuffle,
             seed=setup.seed,
             num_workers=setup.workers,
-            transform=stack if setup.case.kind == "table" else None,
+            transform={"table": stack, "images": image}.get(setup.case.kind),
         )
 
     def epoch(self, number: int) -> Iterator[Mapping[str, Any]]:

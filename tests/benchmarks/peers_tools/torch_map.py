@@ -1,7 +1,12 @@
-"""torch's DataLoader and torchdata's StatefulDataLoader on a map-style dataset, the rows in memory."""
+"""torch's DataLoader and torchdata's StatefulDataLoader on a map-style dataset.
+
+Rows and text are in memory, tokens are mapped, and images are read by an index of the members of the shards.
+"""
 
 from __future__ import annotations
 
+import os
+import tarfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,15 +17,21 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from peers_tools.base import Loader, Setup, delivered
-from peers_tools.data import BATCH, NAMES
+from peers_tools.base import Loader, Setup, delivered, pixels
+from peers_tools.data import BATCH, NAMES, rows_of, shards, tokens
 
 
 class Rows(Dataset):
-    """Reads the file once into one tensor; a sample is a view of a row."""
+    """Reads the file once into one tensor, or list of text; a sample is a view of a row."""
 
     def __init__(self, setup: Setup) -> None:
         path = setup.data(setup.case.file)
+        if setup.case.kind == "text":
+            self.values: Any = rows_of(setup.case, setup.folder)
+            return
+        if setup.case.kind == "tokens":
+            self.values = torch.from_numpy(tokens(path))
+            return
         if setup.case.kind == "matrix":
             self.values = torch.from_numpy(np.load(path))
             return
@@ -35,15 +46,39 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, row: int) -> torch.Tensor:
+    def __getitem__(self, row: int) -> Any:
         return self.values[row]
 
 
 class WholeBatches(Rows):
     """`__getitems__`, which the DataLoader calls with all indices of a batch."""
 
-    def __getitems__(self, rows: list[int]) -> torch.Tensor:
-        return self.values[rows]
+    def __getitems__(self, rows: list[int]) -> Any:
+        return [self.values[row] for row in rows] if isinstance(self.values, list) else self.values[rows]
+
+
+class Images(Dataset):
+    """JPEGs where they lie in the shards, by an index that is made at the start."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.members, self.files = [], []
+        for shard in shards(setup.data(setup.case.file)):
+            with tarfile.open(shard) as tar:
+                found = [(len(self.files), member.offset_data, member.size) for member in tar]
+            self.members += zip(found[::2], found[1::2], strict=True)  # image and label
+            self.files.append(os.open(shard, os.O_RDONLY))
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        jpeg, label = (os.pread(self.files[shard], size, start) for shard, start, size in self.members[row])
+        return {"image": pixels(jpeg), "label": int(label)}
+
+
+def dataset(setup: Setup, rows: type[Rows] = Rows) -> Any:
+    """The case's map-style dataset."""
+    return Images(setup) if setup.case.kind == "images" else rows(setup)
 
 
 def as_it_is(batch: Any) -> Any:
@@ -53,13 +88,13 @@ def as_it_is(batch: Any) -> Any:
 class TorchMap(Loader):
     """DataLoader with DistributedSampler; resumed as accelerate does it, by skipping batches of the sampler."""
 
-    dataset: type[Rows] = Rows
+    rows_type: type[Rows] = Rows
     collate: Any = None
     state_type: type[DataLoader] = DataLoader
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        data = self.dataset(setup)
+        data = dataset(setup, self.rows_type)
         self.sampler = DistributedSampler(data, num_replicas=1, rank=0, shuffle=setup.shuffle, seed=setup.seed)
         self.loader = self.state_type(
             data,
@@ -85,7 +120,7 @@ class TorchMap(Loader):
 
 
 class TorchGetitems(TorchMap):
-    dataset = WholeBatches
+    rows_type = WholeBatches
     collate = staticmethod(as_it_is)
 
 
