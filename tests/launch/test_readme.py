@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_block_but_the_first_is_run_by_a_test() -> None:
     # The first holds the two commands that .ci/run runs in a fresh environment.
     assert [block["mark"] for block in BLOCKS] == [
-        *(None, "own-data", "own-loop", "own-task my_task.py", "own-task run"),
+        *(None, "own-data", "own-transform", "own-loop", "own-task my_task.py", "own-task run"),
         *("two-hosts torchrun", "two-hosts accelerate"),
     ]
 
