@@ -254,6 +254,13 @@ def _stored(path: str) -> str:
         return cache.load_or_make(file, load, make, f"a copy of {path} that is not compressed")
     except (zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is damaged: {error}") from None
+    except TimeoutError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"{path} is compressed, and can be mapped only if it is copied once into the cache directory {file.parent}, "
+            f"which failed: {error}; name another directory with DDP_STREAM_CACHE, or save it with numpy.savez"
+        ) from None
 
 
 def _map_members(path: str, mapped: str) -> dict[str, NDArray[Any]]:

@@ -1,8 +1,10 @@
 """The cache: made once by one process, kept, made again when the data or the cached file changed."""
 
+import gzip
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddp_stream.sources import Csv, cache, open_source
+from ddp_stream.sources import Csv, DataError, cache, open_source
 
 
 @pytest.fixture(autouse=True)
@@ -148,3 +150,32 @@ def test_arrays_come_back_as_they_were():
     assert read["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert read["b"].shape == (0,)
     assert cache.from_array(read["c"]) == {"x": [1, "é"]}
+
+
+def without_space(answers):
+    """In a process of its own, in which no file may be longer than 1 KiB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+    for path in ("a.csv", "a.csv.gz", "a.npz"):
+        try:
+            answers.put(len(open_source(path)))
+        except DataError as error:
+            answers.put(str(error))
+
+
+def test_a_full_disk_while_it_is_made():
+    write_csv(400_000)  # its index is longer than 1 KiB
+    Path("a.csv.gz").write_bytes(gzip.compress(Path("a.csv").read_bytes()))
+    np.savez_compressed("a.npz", id=np.arange(5000))
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    process = context.Process(target=without_space, args=(answers,))
+    process.start()
+    index, text, archive = (answers.get(timeout=60) for _ in range(3))
+    process.join()
+    assert index == 400_000  # made every time
+    for answer, path in ((text, "a.csv.gz"), (archive, "a.npz")):
+        assert answer.startswith(f"{path} is compressed")
+        assert "File too large; name another directory with DDP_STREAM_CACHE" in answer
+    assert set(files()) == {".lock"}  # nothing half-made is left
+    assert len(open_source("a.csv.gz")) == 400_000
