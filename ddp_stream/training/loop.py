@@ -141,6 +141,7 @@ class Training:
             global_batch_size=loader.plan.global_batch_size,
             shuffle=loader.shuffle,
         )
+        run.flush()  # before any trace of this attempt
         self.say(
             f"{loader.source}: {loader.plan.total} rows, {len(loader)} steps of {loader.plan.global_batch_size} rows an "
             f"epoch on {engine.topology.world_size} rank(s) x {loader.num_workers} worker(s), shuffle {loader.shuffle}, "
@@ -388,6 +389,7 @@ class Training:
             engine=self.config.engine,
             global_batch_size=self.loader.plan.global_batch_size,
         )
+        self.run_dir.flush()
         self.say(f"going on from {path}: step {self.step}, epoch {state['epoch']}")
         return {"epoch": int(state["epoch"]), "offset": int(state["offset"])}
 

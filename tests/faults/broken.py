@@ -44,20 +44,15 @@ def status(run: Path) -> str:
 
 
 def rows_by_epoch(run: Path) -> list[list[int]]:
-    """What trained the weights, by the traces: of a step that was done again, the highest attempt counts."""
-    steps: dict[tuple[int, int], dict[int, list[int]]] = {}
+    """What trained the weights, by the traces: a step behind which a later attempt began was rolled back."""
+    began = {event["attempt"]: 0 for event in events(run, "start")}
+    began |= {event["attempt"]: event["step"] for event in events(run, "resume")}
+    epochs: dict[int, list[int]] = {}
     for path in (run / "trace").glob("*.jsonl"):
-        for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue  # cut short by the kill; the step was done again
-            steps.setdefault((line["epoch"], line["step"]), {}).setdefault(line["attempt"], []).extend(line["rows"])
-    epochs = range(1 + max(epoch for epoch, _ in steps))
-    return [
-        sorted(row for (e, _), attempts in steps.items() if e == epoch for row in attempts[max(attempts)])
-        for epoch in epochs
-    ]
+        for line in read_metrics(path):
+            if all(line["step"] <= step for attempt, step in began.items() if attempt > line["attempt"]):
+                epochs.setdefault(line["epoch"], []).extend(line["rows"])
+    return [sorted(epochs[epoch]) for epoch in sorted(epochs)]
 
 
 def assert_exactly_once(run: Path, rows: int = ROWS, epochs: int = EPOCHS) -> None:
