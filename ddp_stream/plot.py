@@ -45,24 +45,27 @@ def plot(deal: Deal, path: Path) -> None:
     draw = ImageDraw.Draw(image)
     font, small = ImageFont.load_default(18), ImageFont.load_default(13)
 
-    def write(x: int, y: int, text: str, face: Any = small) -> None:
-        draw.text((x, y), text, fill=(40, 40, 40), font=face)
+    def write(x: int, y: int, text: str, face: Any = small, anchor: str = "la") -> None:
+        draw.text((x, y), text, fill=(40, 40, 40), font=face, anchor=anchor)
 
-    write(_LEFT, 14, f"{deal.plan.total:,} rows on {deal.world_size:,} ranks x {deal.num_workers} workers", font)
+    cluster = f"{deal.plan.total:,} rows on {deal.world_size:,} ranks x {deal.num_workers} workers"
+    write(
+        _LEFT, 14, f"{cluster}: {deal.steps:,} steps of {deal.plan.global_batch_size:,}, {deal.plan.lanes} lanes", font
+    )
     write(_LEFT, 46, f"Steps of epoch {deal.epoch}, from the first: a colour is a rank, a shade the worker that reads")
     image.paste(Image.fromarray(_scaled(steps, bar)), (_LEFT, top))
     write(_LEFT, top + bar * len(ranks) + 4, "step 0")
-    write(_WIDTH - _RIGHT - 90, top + bar * len(ranks) + 4, f"step {slots - 1}")
+    write(_WIDTH - _RIGHT, top + bar * len(ranks) + 4, f"step {slots - 1:,}", anchor="ra")
     for index, rank in enumerate(ranks):
-        write(20, top + index * bar + 3, f"rank {rank}")
+        write(20, top + index * bar + 3, f"rank {rank:,}")
     write(
         _LEFT, middle - 34, "Where in the source each reader reads: the darker, the more of the rows there are its own"
     )
     image.paste(Image.fromarray(_scaled(sources, bar)), (_LEFT, middle))
     for index, (rank, worker) in enumerate(readers):
-        write(20, middle + index * bar + 3, f"rank {rank}, worker {worker}")
+        write(20, middle + index * bar + 3, f"rank {rank:,}, worker {worker}")
     write(_LEFT, middle + bar * len(readers) + 4, "row 0")
-    write(_WIDTH - _RIGHT - 130, middle + bar * len(readers) + 4, f"row {deal.plan.total - 1}")
+    write(_WIDTH - _RIGHT, middle + bar * len(readers) + 4, f"row {deal.plan.total - 1:,}", anchor="ra")
     image.save(path, format="PNG")
 
 

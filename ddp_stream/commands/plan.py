@@ -62,6 +62,10 @@ def _run(config: TrainConfig, asked: Any) -> int:
     if asked.rows is not None:
         if config.data.path is not None or config.data.source is not None:
             raise ValueError(f"--rows {asked.rows} stands for data that is not there; leave out --data.path and source")
+        if config.data.num_workers == "auto":
+            raise ValueError(
+                "--data.num_workers auto measures data, and --rows stands for some that is not there: say how many"
+            )
         source = Imagined(asked.rows, asked.row_bytes, asked.block_rows)
     else:
         task, source = config.task, make_source(config.data)
@@ -105,9 +109,12 @@ def _print_plan(deal: Deal, loader: StreamLoader, config: TrainConfig, task: Tas
     plan, world, workers = deal.plan, deal.world_size, deal.num_workers
     blocks = f" in {deal.block_count:,} blocks" if deal.block_count else ""
     _print("data", f"{loader.source}: {plan.total:,} rows{blocks}, {size(deal.row_bytes)} a row in a batch")
-    nodes = -(-world // per_node)
+    nodes, auto = -(-world // per_node), config.data.num_workers == "auto"
     _print(
-        "cluster", f"{world:,} rank(s) x {workers} worker(s) = {world * workers:,} global workers on {nodes:,} node(s)"
+        "cluster",
+        f"{world:,} rank(s) x {workers} worker(s) = {world * workers:,} global workers on {nodes:,} node(s)",
+        *([] if loader.num_workers else ["each rank reads for itself, being its one worker"]),
+        *([f"workers as auto would have it on this machine: {loader.num_workers}"] if auto else []),
     )
     total_steps = config.epochs * deal.steps
     total_steps = min(total_steps, config.max_steps) if config.max_steps is not None else total_steps

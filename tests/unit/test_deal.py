@@ -69,6 +69,29 @@ def test_the_workers_read_what_was_planned(num_workers, options):
     assert np.array_equal(deal.rows_by_worker(), readers)
 
 
+@pytest.mark.parametrize(("workers", "lanes"), [(1, 1), (3, 4)])
+def test_spans_and_their_bytes_are_the_loader_s(workers, lanes):
+    source = InMemory({"x": np.zeros((997, 5), np.float32)})
+    for rank in range(3):
+        loader = StreamLoader(source, 20, num_workers=workers, topology=Topology(rank, 3), lanes=lanes)
+        deal, reader, stride = Deal(loader, 3), loader.reader, loader.plan.stride
+        reader.span_steps = deal.span_steps(rank)
+        for worker in range(workers):
+            spans = list(reader.starts(0, worker, workers))
+            assert [offset for offset, _ in spans] == [start * stride for start in deal.starts(rank, worker)]
+            assert [steps for _, steps in spans] == [len(p.rows) for p in deal.read(rank, deal.starts(rank, worker))]
+        span = next(reader.spans(0, 0, 0, workers))
+        sent = span.columns["x"].nbytes + span.rows.nbytes
+        assert sent == span.steps * (deal.slots(rank)[1] - deal.slots(rank)[0]) * deal.row_bytes
+        assert deal.message_bytes >= sent  # of rank 0, which has the most slots
+        # Gone on with in the middle, the ranks' workers still share what is left of the spans, whoever takes which.
+        done = 7
+        left = sorted(span for worker in range(workers) for span in reader.starts(done * stride, worker, workers))
+        assert left[0][0] == done * stride
+        assert [offset + steps * stride for offset, steps in left[:-1]] == [offset for offset, _ in left[1:]]
+        assert left[-1][0] + left[-1][1] * stride == deal.steps * stride
+
+
 @pytest.mark.parametrize("tail", ["pad", "drop"])
 @pytest.mark.parametrize(("rows", "batch", "lanes", "world", "workers"), [
     (1000, 64, 1, 3, 2), (101, 12, 4, 5, 3), (7, 12, 3, 4, 2), (5000, 6, 2, 6, 7), (64, 64, 8, 8, 1), (0, 4, 1, 2, 2),

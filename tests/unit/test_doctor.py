@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -532,6 +533,9 @@ def test_alone_and_well(ask, tmp_path):
     assert code == 0, out
     assert "doctor: nothing found" in out
     assert "1 rank(s) on 1 machine(s), alone" in out
+    (in_table,) = re.findall(r"^0 .* ([\d,]+)$", out, re.MULTILINE)
+    (rate,) = re.findall(r"^data rate +ok +([\d,]+) rows/s", out, re.MULTILINE)
+    assert in_table == rate != "0"
     assert "SyntheticRegression(1000 rows), 1,000 rows" in out
     assert list(tmp_path.iterdir()) == []  # no trace
 
@@ -544,11 +548,16 @@ def test_alone_and_well(ask, tmp_path):
     (["--run.dir", "/proc/run"], "FATAL  run directory: .* cannot write the run directory /proc/run: "),
 ])  # fmt: skip
 def test_alone_and_not_well(arguments, line, ask):
-    import re
-
     code, out, _ = ask(*arguments)
     assert code == (1 if line.startswith("FATAL") else 0), out
     assert re.search(f"^{line}.* -> ", out, re.MULTILINE), out
+
+
+def test_workers_as_measured_here(ask):
+    code, out, _ = ask("--data.num_workers", "auto")  # synthetic rows cost nothing to read
+    assert code == 0, out
+    assert re.search(r"^CPUs +ok .* 0 workers each$", out, re.MULTILINE), out
+    assert "no workers, so none needed" in out
 
 
 def test_accelerate_that_started_one_process(ask, monkeypatch):

@@ -82,6 +82,7 @@ def test_a_simulation_can_fail(ask, monkeypatch):
     (["--rows", "10", "--find", "10"], "--find 10: the data has the rows 0..9"),
     (["--rows", "10", "--world_size", "0"], "--world_size 0: it must be at least 1"),
     (["--rows", "10", "--data.path", "x.csv"], "--rows 10 stands for data that is not there"),
+    (["--rows", "10", "--data.num_workers", "auto"], "--data.num_workers auto measures data"),
     (["--data.path", "nowhere.csv"], "nowhere.csv is not there"),
     (["--rows", "0", "--plot", "x.png"], "an epoch without a step cannot be drawn"),
 ])  # fmt: skip
@@ -110,3 +111,11 @@ def test_a_picture_without_pillow(ask, tmp_path, monkeypatch):
     code, _, err = ask("--rows", "4000", "--plot", str(tmp_path / "plan.png"))
     assert code == 2
     assert "pip install 'ddp_stream[images]'" in err
+
+
+def test_workers_as_measured_here(ask):
+    code, out, _ = ask("--world_size", "2", "--data.num_workers", "auto")  # synthetic rows cost nothing to read
+    assert code == 0
+    assert "2 rank(s) x 1 worker(s) = 2 global workers" in out
+    assert "workers as auto would have it on this machine: 0" in out
+    assert "no shared memory" in out
