@@ -4,7 +4,7 @@
 # By default SIGUSR1 kills torchrun at once and leaves its ranks running. These two pass it on and give the ranks time
 # to save. As variables rather than flags: accelerate has no such flags, and an older torchrun would refuse them.
 # shellcheck disable=SC2034 # for whoever sources this
-signals=("PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" PET_SHUTDOWN_TIMEOUT=60)
+signals=("PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}" PET_SHUTDOWN_TIMEOUT=60)
 
 # Options of the scripts that start ranks on several machines.
 nnodes=""

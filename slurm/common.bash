@@ -176,6 +176,11 @@ ask_to_stop() {
   [[ -z $stop_file ]] || echo "warned by SIGUSR1" >>"$stop_file"
 }
 
+# was_warned: by SIGUSR1, here or on any node. SIGTERM, which ends the tasks that outlive another, writes there too.
+was_warned() {
+  [[ -e $stop_file ]] && grep -q SIGUSR1 "$stop_file"
+}
+
 on_end() {
   ended=$(job_field Reason) || ended=unknown
   [[ $ended != None ]] || ended="scancel, a preemption, or the loss of a node"
@@ -233,7 +238,7 @@ main() {
     -*) set -- train "$@" ;;
   esac
   [[ -n ${SLURM_JOB_ID:-} ]] || die "this is no Slurm job; submit it: sbatch slurm/$name (or see --help)"
-  restart=${SLURM_RESTART_COUNT:-0} warned="" ended="" stop_file="" lost=()
+  restart=${SLURM_RESTART_COUNT:-0} warned=${warned:-} ended="" stop_file="" lost=()
   # In an array, SLURM_JOB_ID of one task is that of the whole array: to requeue it would requeue all tasks.
   job=$SLURM_JOB_ID
   [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
@@ -267,7 +272,7 @@ main() {
   choose_run_dir "$@"
   [[ $command != train ]] || set -- "$@" --run.dir "$run_dir" # the last one counts
   export JOB_LOGS=$run_dir/logs
-  mkdir -p "$JOB_LOGS" || die "the run directory $run_dir cannot be made"
+  [[ $dry_run == yes ]] || mkdir -p "$JOB_LOGS" || die "the run directory $run_dir cannot be made"
   say "run directory: $run_dir; logs: $JOB_LOGS/NODE.log"
 
   lay_out "$launcher"
@@ -353,12 +358,12 @@ conclude() {
   fi
   case $how in
     preempted)
-      if [[ -e $stop_file || $reason == *"Slurm allocation ends"* ]]; then requeue; fi
+      if was_warned || [[ $reason == *"Slurm allocation ends"* ]]; then requeue; fi
       say "not requeued: it was asked to stop, not preempted; submit again with --run.dir $run_dir to go on"
       exit 0
       ;;
     "")
-      if [[ -e $stop_file ]]; then requeue; fi
+      if was_warned; then requeue; fi
       ;;
   esac
   say "not requeued: it failed; the last lines of every log:"

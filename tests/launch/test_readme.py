@@ -16,7 +16,7 @@ README = Path(__file__).parents[2] / "README.md"
 TEXT = README.read_text()
 BLOCK = re.compile(r"(?:<!-- test: (?P<mark>.+?) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.DOTALL)
 BLOCKS = list(BLOCK.finditer(TEXT))
-ELSEWHERE = "two-hosts "  # test_two_hosts.py runs these
+ELSEWHERE = ("two-hosts ", "slurm ", "none, needs ")  # test_two_hosts.py runs these, tests/slurm those, CI not the last
 HERE = [block for block in BLOCKS[1:] if not block["mark"].startswith(ELSEWHERE)]
 
 # Commands outside such blocks: after a $ in text, and in a table of commands. The scripts' help has some, too.
@@ -50,6 +50,7 @@ def test_every_block_but_the_first_is_run_by_a_test() -> None:
     assert [block["mark"] for block in BLOCKS] == [
         *(None, "own-data", "own-transform", "own-loop", "own-task my_task.py", "own-task run"),
         *("two-hosts torchrun", "two-hosts accelerate"),
+        *("slurm submit", "slurm sweep", "slurm wrap", "none, needs Pyxis"),
     ]
 
 

@@ -68,6 +68,15 @@ def test_help(path: Path, tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "slurm").glob("*.sbatch")), ids=relative)
+def test_help_of_a_batch_file(path: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", path, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.startswith(f"Usage: sbatch [OPTION...] {relative(path)} [--dry-run]")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("path", YAMLS, ids=relative)
 def test_yaml_is_what_accelerate_reads_and_starts_by_torchrun(path: Path) -> None:
     config = load_config_from_file(str(path))  # refuses keys it does not know

@@ -22,6 +22,7 @@ LEFT_OUT = re.compile("SLURM|SBATCH|SRUN|DDP_STREAM_|PET_|ACCELERATE_|MASTER_|(L
 
 CONF = """
 ClusterName=test
+FirstJobId={ctld_port}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ctld_port}
 SlurmUser=root
@@ -116,7 +117,8 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """What a power cut does: slurmd, its step daemons, and all that they started, at once."""
-        victims = self.processes_of(node)
+        # Daemons first, or they would still report the end of what they started.
+        victims = sorted(self.processes_of(node), key=lambda pid: _name(pid) != "slurmstepd")
         for pid in [self._pid(f"slurmd-{node}.pid"), *victims]:
             if pid is not None:
                 with contextlib.suppress(ProcessLookupError):
@@ -158,8 +160,8 @@ class Cluster:
             raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
         return done.stdout
 
-    def processes_of(self, node: str) -> list[int]:
-        """The step daemons of a node and every process below them."""
+    def processes_of(self, node: str, job: str | None = None) -> list[int]:
+        """The step daemons of a node and every process below them; or those of one job alone, without daemons."""
         spool = f"SLURMD_NODENAME={node}\0"
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
@@ -170,6 +172,8 @@ class Cluster:
             except OSError:
                 continue
             ours = f"SLURM_CONF={self.env['SLURM_CONF']}\0" in environ
+            if job is not None and f"SLURM_JOB_ID={job}\0" not in environ:
+                continue
             stepd = name == "slurmstepd" and ours and f"SLURMD_NODENAME={node}" in environ
             if stepd or (ours and spool in environ and "slurmd" not in command[0]):
                 found.append(int(entry.name))
@@ -185,6 +189,13 @@ class Cluster:
     def _pid(self, name: str) -> int | None:
         path = self.folder / name
         return int(path.read_text()) if path.exists() else None
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _alive(pid: int) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from cluster import ROOT, Cluster
 
 TWO_BY_TWO = ["--nodes=2", "--ntasks-per-node=2"]
-EVENTS = {"preempted", "done", "failed"}
 
 # A step that takes long enough for a test to come between. The weights are those of Regression.
 TASKS = """
@@ -20,12 +20,12 @@ from ddp_stream.tasks import Regression
 
 class Slow(Regression):
     def loss(self, model, batch):
-        time.sleep(0.05)
+        time.sleep(float(os.environ.get("TEST_DELAY_S", "0.05")))
         return super().loss(model, batch)
 
 class Raises(Regression):
     def loss(self, model, batch):
-        if batch.step == 3 and os.environ["RANK"] == "2":
+        if batch.step == 3 and os.environ.get("RANK", os.environ["SLURM_PROCID"]) == "2":
             raise LookupError("the error of this test")
         return super().loss(model, batch)
 """
@@ -34,6 +34,7 @@ ROWS = 64 * STEPS
 SLOW = [
     *("--task", "tasks.Slow", "--data.source", "ddp_stream.sources.SyntheticRegression"),
     *("--data.source.total_samples", str(ROWS), "--epochs", "1", "--checkpoint.every_steps", "20"),
+    *("--data.num_workers", "0"),  # which spares half of the processes
 ]
 
 
@@ -70,7 +71,7 @@ class Job:
 
     def wait(self, state: str, timeout: float = 120) -> None:
         """Until the job's last attempt has ended, which must be with `state`."""
-        ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}  # after NODE_FAIL it is requeued
         self.wait_until(lambda: self.field("JobState") in ends, f"the job to end with {state}", timeout)
         assert self.field("JobState") == state, self.everything()
 
@@ -104,6 +105,18 @@ class Job:
     def weights(self) -> bytes:
         """The final weights."""
         return (self.run / "model.safetensors").read_bytes()
+
+    def warn(self, *how: str) -> None:
+        """`scancel --signal=USR1`, with more options."""
+        self.cluster.call("scancel", "--signal=USR1", *how, self.number)
+
+    def last_steps(self, attempt: int) -> list[int]:
+        """The last step of every rank in an attempt, by its trace."""
+        last = []
+        for path in sorted((self.run / "trace").glob("*.jsonl")):
+            lines = map(json.loads, path.read_text().splitlines())
+            last.append(max(line["step"] for line in lines if line["attempt"] == attempt))
+        return last
 
     def assert_done(self, rows: int, epochs: int = 1) -> None:
         """It is done, and every epoch is proven."""
@@ -151,3 +164,10 @@ def submit(
     command = ["sbatch", "--parsable", *options, str(ROOT / "slurm" / script), *arguments, "--audit.trace", "true"]
     number = cluster.call(*command, *asked, cwd=folder, **env).strip()
     return Job(cluster, number, folder, folder / (run or f"runs/slurm-{number}"))
+
+
+def together(*stories: Callable[[], None]) -> None:
+    """Run them side by side, for most of their time is waiting; raises what the first one that failed raised."""
+    with ThreadPoolExecutor(len(stories)) as pool:
+        for future in [pool.submit(story) for story in stories]:
+            future.result()
