@@ -117,8 +117,10 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """What a power cut does: slurmd, its step daemons, and all that they started, at once."""
-        # Daemons first, or they would still report the end of what they started.
-        victims = sorted(self.processes_of(node), key=lambda pid: _name(pid) != "slurmstepd")
+        started = self.processes_of(node)
+        # The steps' daemons first, or they would still report the end of what they started.
+        daemons = {parent for parent in map(_parent, started) if _name(parent) == "slurmstepd"}
+        victims = [*daemons, *started]
         for pid in [self._pid(f"slurmd-{node}.pid"), *victims]:
             if pid is not None:
                 with contextlib.suppress(ProcessLookupError):
@@ -189,6 +191,13 @@ class Cluster:
     def _pid(self, name: str) -> int | None:
         path = self.folder / name
         return int(path.read_text()) if path.exists() else None
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _name(pid: int) -> str:
