@@ -185,6 +185,7 @@ class DdpEngine(Engine):
         if self.topology.world_size > 1 and not dist.is_initialized():
             dist.init_process_group(
                 backend_for(self.device),
+                store=_store_of_this_attempt(os.environ, timeout_s),
                 rank=self.topology.rank,
                 world_size=self.topology.world_size,
                 timeout=timedelta(seconds=max(timeout_s, _FIRST_TIMEOUT_S)),
@@ -275,6 +276,19 @@ def make_engine(name: str, timeout_s: float) -> Engine:
     if "TORCHELASTIC_RUN_ID" in os.environ or numbered_by_slurm(os.environ):
         die_with_parent()  # torchrun's agent, or Slurm's step daemon; killed, it would leave its ranks behind
     return AccelerateEngine(timeout_s) if name == "accelerate" else DdpEngine(timeout_s)
+
+
+def _store_of_this_attempt(environ: Mapping[str, str], timeout_s: float) -> Any:
+    """Where ranks find each other that one torchrun agent started; None leaves that to torch.
+
+    The agent's store outlives a restart. Without a prefix a rank may find there the address of one that is dead.
+    (Agents on several nodes count their restarts apart.)
+    """
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    timeout = timedelta(seconds=max(timeout_s, _FIRST_TIMEOUT_S))
+    store = dist.TCPStore(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    return dist.PrefixStore(f"attempt-{environ['TORCHELASTIC_RESTART_COUNT']}", store)  # type: ignore[attr-defined]
 
 
 def check_launcher(environ: Mapping[str, str]) -> None:
