@@ -166,7 +166,7 @@ def _report(ranks: Sequence[Facts], results: list[Result]) -> int:
         lines.append(
             f"{facts.rank:<6}{facts.host:<20}{facts.net['gloo'][1] or '-':<18}{devices['count']} {devices['kind']:<10}"
             f"{facts.machine['cpus']:<7g}{f'{memory / 2**30:.1f} GiB' if memory else '-':<12}"
-            f"{facts.data.get('rows_per_s', 0):,.0f}"
+            + (f"{facts.data['rows_per_s']:,.0f}" if "rows_per_s" in facts.data else "-")
         )
     if len(ranks) > _SHOWN:
         lines.append(f"... and {len(ranks) - _SHOWN} more")

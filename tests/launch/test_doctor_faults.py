@@ -20,7 +20,8 @@ from test_scripts import LAUNCH, ROOT, environment
 
 pytestmark = [pytest.mark.slow, needs_hosts]
 
-BY_HAND = "python -m ddp_stream doctor --hosts first,second --port 29400 --wait_s 40"
+(README,) = re.findall(r"^\$ (.+ --hosts .+) --data.path rows.parquet$", (ROOT / "README.md").read_text(), re.MULTILINE)
+BY_HAND = README.replace("ada,bob,cyd", "first,second") + " --wait_s 40"
 TORCHRUN = "launch/multi_node.sh --nnodes 2 --node-rank {rank} --head 10.0.0.1 --port 29400 --nproc {nproc} doctor"
 TRAIN = " --data.path rows.csv --data.num_workers 1 --run.dir runs/one"
 AT_ONCE = 3

@@ -551,6 +551,7 @@ def test_alone_and_not_well(arguments, line, ask):
     code, out, _ = ask(*arguments)
     assert code == (1 if line.startswith("FATAL") else 0), out
     assert re.search(f"^{line}.* -> ", out, re.MULTILINE), out
+    assert not re.search(r"^0 .* 0$", out, re.MULTILINE), out  # a rate that was not measured is no rate of 0
 
 
 def test_workers_as_measured_here(ask):
