@@ -120,7 +120,7 @@ class TorchDataset(Source):
         self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]  # checked above
+        return len(self.dataset)
 
     def take(self, rows: Ints) -> Columns:
         ids = rows.tolist()
