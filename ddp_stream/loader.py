@@ -135,6 +135,8 @@ class StreamLoader:
         self._loaded = False  # a state was loaded: the next iteration starts at its offset
         self._finished = False  # all of this epoch was taken: the next iteration starts the one after
         self._ones = torch.ones(self.slots[1] - self.slots[0])
+        self._stride = self.plan.stride
+        self._last_full = self.plan.total // self.plan.lanes - self._stride  # no step up to here has an empty slot
 
     @property
     def reader(self) -> SpanReader:
@@ -220,7 +222,7 @@ class StreamLoader:
                 span = self._unpacker.unpack(message) if isinstance(message, Packed) else message
                 for index in range(span.steps):
                     batch = self._cut(span, index)
-                    self._epoch, self._offset = epoch, batch.offset + self.plan.stride
+                    self._epoch, self._offset = epoch, batch.offset + self._stride
                     yield batch
         self._finished = True
 
@@ -242,11 +244,12 @@ class StreamLoader:
         return iterator
 
     def _cut(self, span: Span, index: int) -> Batch:
-        offset = span.offset + index * self.plan.stride
-        size = self.slots[1] - self.slots[0]
+        offset = span.offset + index * self._stride
+        size = len(self._ones)
         part = slice(index * size, (index + 1) * size)
-        global_rows = self.plan.rows_in_step(offset)
-        weight, filled = self._ones, None
+        weight, filled, global_rows = self._ones, None, self.plan.global_batch_size
+        if offset > self._last_full:
+            global_rows = self.plan.rows_in_step(offset)
         if global_rows < self.plan.global_batch_size:
             filled = torch.from_numpy(self.plan.positions(offset, 1, *self.slots)[1])
             weight = filled.to(torch.float32)
@@ -255,7 +258,7 @@ class StreamLoader:
             weight=weight,
             rows=span.rows[part],
             epoch=span.epoch,
-            step=-(-offset // self.plan.stride),
+            step=-(-offset // self._stride),
             offset=offset,
             global_rows=global_rows,
             filled=filled,

@@ -24,6 +24,8 @@ _ROUNDS = 4
 _MIN_DOMAIN = 128  # on fewer points a Feistel network reaches too few of the permutations to be uniform
 _CHUNK = 1 << 14  # rows hashed at a time, so that the temporaries stay in the cache
 
+_FEW_BLOCKS = 16
+
 DEFAULT_BLOCK_ROWS = 4096
 """Block size of the `blocks` order over a source that has no natural blocks."""
 BLOCKS_PER_WINDOW = 4
@@ -225,13 +227,14 @@ class Blocks(Order):
         if layout.offsets is not None:
             self._order = self._block_permutation.forward(np.arange(layout.count), self._block_key)
             self._starts = np.concatenate([[0], np.cumsum(np.diff(layout.offsets)[self._order])])
+            self._shift = layout.offsets[self._order] - self._starts[:-1]  # from a position to its row
         elif layout.count:
             last = np.array([layout.count - 1])
             self._short_at = int(self._block_permutation.inverse(last, self._block_key)[0])
             self._short_rows = layout.total - (layout.count - 1) * layout.block_rows
 
     def rows(self, positions: Ints) -> Ints:
-        if self.total == 0:
+        if self.total == 0 or len(positions) == 0:
             return positions
         return self._block_rows(self._shuffle(positions, inverse=False))
 
@@ -287,8 +290,14 @@ class Blocks(Order):
         """Row ids at positions of the permuted blocks laid end to end."""
         layout = self._layout
         if layout.offsets is not None:
-            slot = np.searchsorted(self._starts, positions, side="right") - 1
-            rows: Ints = layout.offsets[self._order[slot]] + positions - self._starts[slot]
+            ends = np.array([positions.min(), positions.max()])
+            first, last = (np.searchsorted(self._starts, ends, side="right") - 1).tolist()
+            if last - first >= _FEW_BLOCKS:
+                rows: Ints = positions + self._shift[np.searchsorted(self._starts, positions, side="right") - 1]
+                return rows
+            rows = positions + self._shift[first]
+            for later in range(first + 1, last + 1):  # a search for every position takes longer
+                rows += (positions >= self._starts[later]) * (self._shift[later] - self._shift[later - 1])
             return rows
         slot, within = self._uniform_slot(positions)
         block = self._block_permutation.forward(slot, self._block_key)

@@ -14,6 +14,7 @@ from torch.nn import functional
 from ddp_stream.batch import Batch, as_tensor
 from ddp_stream.sources.base import Columns, DataError, Source, check_columns
 from ddp_stream.training.task import Task
+from ddp_stream.transforms import side_by_side
 
 _ROWS_AT_ONCE = 1 << 16
 
@@ -56,16 +57,7 @@ class _Tabular(Task):
     def _stack(self, columns: Columns) -> torch.Tensor:
         """The features side by side, `[rows, n]` float32."""
         assert self.features is not None, "setup() names the features"
-        parts: list[torch.Tensor] = [as_tensor(columns[name]) for name in self.features]
-        parts = [_matrix(part) for part in parts]
-        if len(parts) == 1 and parts[0].dtype == torch.float32:
-            return parts[0]
-        out = torch.empty(len(parts[0]), sum(part.shape[1] for part in parts))
-        start = 0
-        for part in parts:
-            out[:, start : start + part.shape[1]] = part
-            start += part.shape[1]
-        return out
+        return side_by_side([columns[name] for name in self.features])
 
     def _label(self, column: Any) -> torch.Tensor:
         raise NotImplementedError
@@ -101,7 +93,7 @@ class Regression(_Tabular):
 
     def _label(self, column: Any) -> torch.Tensor:
         label: torch.Tensor = as_tensor(column).to(torch.float32)
-        return _matrix(label)
+        return label.flatten(1) if label.dim() > 1 else label.unsqueeze(1)
 
     def build_model(self) -> nn.Module:
         return self._mlp(self.n_outputs)
@@ -162,11 +154,6 @@ class Classification(_Tabular):
             "loss": functional.cross_entropy(scores, batch["label"], reduction="none"),
             "accuracy": (scores.argmax(dim=1) == batch["label"]).float(),
         }
-
-
-def _matrix(column: torch.Tensor) -> torch.Tensor:
-    """A column as `[rows, n]`, also where there are no rows."""
-    return column.flatten(1) if column.dim() > 1 else column.unsqueeze(1)
 
 
 def _is_numeric(column: Any) -> bool:

@@ -41,6 +41,11 @@ class Texts(Sequence[Any]):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self.tolist(), dtype)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return int(self.array.nbytes)
+
     def tolist(self) -> list[Any]:
         """All of them as Python objects."""
         return list(self.array.to_pylist())

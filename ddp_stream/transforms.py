@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ddp_stream.batch import as_tensor
+from ddp_stream.pool import empty, empty_tensor
 from ddp_stream.sources.base import Column, Columns, DataError
 
 
 class DecodeImages:
     """Encoded images (JPEG, PNG, or whatever Pillow reads) to pixels `[rows, height, width, channels]`, uint8.
 
-    Without a `size` all images must be of one. Needs the extra `images` (Pillow).
+    Without a `size` all images must be of one. Needs the extra `images`.
 
         --data.transform ddp_stream.transforms.DecodeImages --data.transform.column jpg --data.transform.size "[64, 64]"
 
@@ -39,11 +41,11 @@ class DecodeImages:
             raise DataError(f"there is no column {self.column!r} to decode; there are: {', '.join(columns)}")
         encoded = columns[self.column]
         channels = len(self.mode)
-        pixels = np.empty((len(encoded), *(self.size or (0, 0)), channels), np.uint8)
+        pixels = empty((len(encoded), *(self.size or (0, 0)), channels), np.uint8)
         for index, content in enumerate(encoded):
             image = self._decode(content, index)
             if index == 0 and self.size is None:
-                pixels = np.empty((len(encoded), *image.shape[:2], channels), np.uint8)
+                pixels = empty((len(encoded), *image.shape[:2], channels), np.uint8)
             if image.shape[:2] != pixels.shape[1:3]:
                 raise DataError(
                     f"column {self.column!r} has images of {pixels.shape[1]}x{pixels.shape[2]} and of "
@@ -55,10 +57,16 @@ class DecodeImages:
 
     def _decode(self, content: Any, index: int) -> Any:
         try:
+            import simplejpeg
             from PIL import Image
         except ImportError:
-            raise ImportError("decoding images needs Pillow: pip install 'ddp_stream[images]'") from None
+            raise ImportError("decoding images needs Pillow and simplejpeg: pip install 'ddp_stream[images]'") from None
         try:
+            if self.size is None and self.mode == "RGB" and content[:2] == b"\xff\xd8":
+                # The same library inside and the same pixels as Pillow's, in a fifth of the time for small images.
+                with contextlib.suppress(ValueError):  # if it is damaged, Pillow says so, or reads it all the same
+                    if simplejpeg.decode_jpeg_header(content)[2] in ("YCbCr", "Gray"):
+                        return simplejpeg.decode_jpeg(content, "RGB")
             image: Any = Image.open(io.BytesIO(content))
             if self.size is not None:
                 height, width = self.size
@@ -71,6 +79,20 @@ class DecodeImages:
         except Exception as error:  # Pillow raises whatever its codecs do
             shown = "None" if content is None else f"{len(content)} bytes, beginning with {bytes(content[:8])!r}"
             raise DataError(f"column {self.column!r}: an image cannot be decoded ({error}); it is {shown}") from None
+
+
+def side_by_side(columns: Sequence[Column]) -> torch.Tensor:
+    """Columns of numbers `[rows]` or `[rows, ...]` as one tensor `[rows, n]`, float32."""
+    parts: list[torch.Tensor] = [as_tensor(column) for column in columns]
+    parts = [part.flatten(1) if part.dim() > 1 else part.unsqueeze(1) for part in parts]
+    if len(parts) == 1 and parts[0].dtype == torch.float32:
+        return parts[0]
+    out = empty_tensor((len(parts[0]), sum(part.shape[1] for part in parts)), torch.float32)
+    start = 0
+    for part in parts:
+        out[:, start : start + part.shape[1]] = part
+        start += part.shape[1]
+    return out
 
 
 def per_row(function: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Callable[[Columns], Columns]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ddp_stream.deal import Deal, foreseen
 from ddp_stream.doctor.limits import limited
+from ddp_stream.pool import FREE_BYTES
 from ddp_stream.sources.decoded import CACHE_BYTES
 from ddp_stream.topology import Topology
 from ddp_stream.training.config import TrainConfig
@@ -50,7 +51,8 @@ def _gather(config: TrainConfig, topology: Topology, facts: dict[str, Any]) -> N
     facts["foreseen"] = foreseen(deal) if topology.rank == 0 else []
     ahead = (loader.messages_ahead + 1) * deal.message_bytes if loader.num_workers else 0
     facts["shm_bytes"] = ahead
-    facts["memory_bytes"] = ahead + deal.num_workers * (CACHE_BYTES if deal.block_count else 0)
+    decoding = (CACHE_BYTES if deal.block_count else 0) + min(FREE_BYTES, 2 * deal.message_bytes)
+    facts["memory_bytes"] = ahead + deal.num_workers * decoding
     facts["messages_ahead"] = loader.messages_ahead
     started = time.monotonic()
     rows = 0

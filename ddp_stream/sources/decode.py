@@ -12,6 +12,15 @@ from numpy.typing import NDArray
 from ddp_stream.sources.base import DataError
 from ddp_stream.texts import TEXT_TYPES, Texts, end_to_end
 
+_PLAIN = {
+    kind.id
+    for kind in (
+        *(pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()),
+        *(pa.float16(), pa.float32(), pa.float64()),
+    )
+}
+"""Types whose values lie in a column as they do in an array."""
+
 
 def decode_column(
     column: pa.ChunkedArray, name: str, path: str, first_row: int, fill_null: float | None
@@ -34,6 +43,8 @@ def decode_column(
         DataError: a null number with no `fill_null`, or a type that no tensor can hold.
     """
     kind = column.type
+    if kind.id in _PLAIN and not column.null_count:
+        return np.ascontiguousarray(column.to_numpy())
     if isinstance(kind, pa.BaseExtensionType):
         column = pa.chunked_array([chunk.storage for chunk in column.chunks], kind.storage_type)
         kind = column.type

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_stream.pool import empty
 from ddp_stream.sources.base import Ints
 from ddp_stream.texts import Texts, end_to_end
 
@@ -33,6 +34,7 @@ class DecodedBlocks:
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._kept: OrderedDict[int, tuple[Block, int, int]] = OrderedDict()
+        self._ahead: set[int] = set()  # what was asked for last
         self._coming: dict[int, Future[tuple[Block, int, int]]] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._one_at_a_time = threading.Lock()
@@ -42,14 +44,22 @@ class DecodedBlocks:
         return len(self._kept)
 
     def ahead(self, blocks: Sequence[int]) -> None:
-        """Begin to decode `blocks` in a thread, if they fit beside what is here."""
+        """Begin to decode `blocks` in a thread, if they fit beside those that were asked for the time before.
+
+        Others that were used before make room for them.
+        """
+        needed = {*self._ahead, *blocks}
+        self._ahead = set(blocks)
         held = sum(size for _, _, size in self._kept.values())
         mean = held // len(self._kept) if self._kept else 0
         for block in blocks:
             if block in self._kept or block in self._coming:
                 continue
-            if held + (len(self._coming) + 1) * mean > CACHE_BYTES:
-                return
+            while held + (len(self._coming) + 1) * mean > CACHE_BYTES:
+                old = next((kept for kept in self._kept if kept not in needed), None)
+                if old is None:
+                    return
+                held -= self._kept.pop(old)[2]
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
             self._coming[block] = self._thread.submit(self._decode_alone, block)
@@ -102,5 +112,6 @@ def _laid_end_to_end(parts: Sequence[Values]) -> Values:
         return end_to_end(texts)
     arrays = [part for part in parts if isinstance(part, np.ndarray)]
     if len(arrays) == len(parts) and len({part.shape[1:] for part in arrays}) == 1:
-        return np.concatenate(arrays)
+        dtype = np.result_type(*arrays)
+        return np.concatenate(arrays, out=empty((sum(map(len, arrays)), *arrays[0].shape[1:]), dtype))
     return [value for part in parts for value in part]

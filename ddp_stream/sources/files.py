@@ -166,14 +166,18 @@ class BlockSource(Source):
         table = self.read_rows(block)
         expected = int(self._offsets[block + 1] - self._offsets[block])
         path = self.paths[self._block_file[block]]
+        first, names = self._row_in_file(block), self._schema.names
         if table.num_rows != expected:
-            first = self._row_in_file(block)
             raise has_changed(path, f"from row {first} on it has {table.num_rows} rows where its index says {expected}")
+        if table.column_names != names:
+            table = table.select(names)
         decoded = {
-            name: decode_column(table.column(name), name, path, self._row_in_file(block), self.fill_null)
-            for name in self._schema.names
+            name: decode_column(column, name, path, first, self.fill_null)
+            for name, column in zip(names, table.itercolumns(), strict=True)
         }
-        return decoded, expected, table.nbytes
+        arrays = [values for values in decoded.values() if not isinstance(values, list)]
+        # An Arrow table takes long to say how large it is.
+        return decoded, expected, sum(v.nbytes for v in arrays) if len(arrays) == len(decoded) else table.nbytes
 
     def where(self, row: int) -> str:
         block = int(np.searchsorted(self._offsets, row, side="right")) - 1

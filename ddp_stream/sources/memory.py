@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from ddp_stream.order import mix, mix_array
+from ddp_stream.pool import empty, empty_tensor
 from ddp_stream.sources.base import Column, Columns, DataError, Ints, Source, check_columns, fingerprint_of
 from ddp_stream.texts import Texts
 
@@ -45,12 +46,24 @@ class InMemory(Source):
 
 
 def gather(column: Column, rows: Ints) -> Column:
-    """Values of `column` at `rows`."""
+    """Values of `column` at `rows`, which are within it.
+
+    Raises:
+        IndexError: a row is not within it.
+    """
     if isinstance(column, torch.Tensor):
-        return column.index_select(0, torch.from_numpy(rows))
+        out = empty_tensor((len(rows), *column.shape[1:]), column.dtype)
+        return torch.index_select(column.detach(), 0, torch.from_numpy(rows), out=out)
     if isinstance(column, list):
         return [column[row] for row in rows.tolist()]
-    return column.take(rows) if isinstance(column, Texts) else column.take(rows, axis=0)
+    if isinstance(column, Texts):
+        return column.take(rows)
+    if len(rows) and not (rows.min() >= 0 and rows.max() < len(column)):
+        raise IndexError(f"rows {rows.min()} to {rows.max()} of a column of {len(column)}")
+    if not (column.flags.c_contiguous and column.flags.aligned):
+        return column[rows]  # numpy.take would copy the whole column first
+    # The mode is that which does not take the result through a buffer; nothing is clipped.
+    return np.take(column, rows, axis=0, out=empty((len(rows), *column.shape[1:]), column.dtype), mode="clip")
 
 
 class SyntheticRegression(Source):

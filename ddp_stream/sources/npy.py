@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddp_stream.pool import empty
 from ddp_stream.sources import cache
 from ddp_stream.sources.base import Columns, DataError, Ints, Source, check_columns, fingerprint_of
+from ddp_stream.sources.memory import gather
 from ddp_stream.sources.paths import describe, existing_files, file_identity, has_changed, reading, stamp_of
 
 _COLUMN = "features"
@@ -120,12 +122,12 @@ class ArraySource(Source):
 
 def _gather(arrays: list[NDArray[Any]], offsets: Ints, rows: Ints) -> NDArray[Any]:
     if len(arrays) == 1:
-        return np.ascontiguousarray(arrays[0].take(rows, axis=0))
-    values = np.empty((len(rows), *arrays[0].shape[1:]), arrays[0].dtype)
+        return np.ascontiguousarray(gather(arrays[0], rows))
+    values = empty((len(rows), *arrays[0].shape[1:]), arrays[0].dtype)
     part = np.searchsorted(offsets, rows, side="right") - 1
     for index in np.unique(part).tolist():
         here = np.flatnonzero(part == index)
-        values[here] = arrays[index].take(rows[here] - offsets[index], axis=0)
+        values[here] = gather(arrays[index], rows[here] - offsets[index])
     return values
 
 

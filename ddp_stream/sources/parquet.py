@@ -58,8 +58,10 @@ class Parquet(BlockSource):
     def _read_block(self, handle: Any, block: int) -> pa.Table:
         path = self.paths[self._block_file[block]]
         try:
-            return handle.read_row_group(int(self._group[block]), columns=self._schema.names).select(self._schema.names)
-        except KeyError as error:
-            raise has_changed(path, str(error)) from None
+            table = handle.read_row_group(int(self._group[block]), columns=self._schema.names)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: row group {self._group[block]} cannot be read: {error}") from None
+        missing = set(self._schema.names) - set(table.column_names)
+        if missing:
+            raise has_changed(path, f"it has no column {min(missing)!r} any more")
+        return table

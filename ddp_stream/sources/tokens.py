@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from ddp_stream.pool import empty
 from ddp_stream.sources.base import Columns, DataError, Ints, Source, fingerprint_of
 from ddp_stream.sources.cache import Arrays, cached_arrays
 from ddp_stream.sources.paths import (
@@ -159,14 +162,14 @@ class Tokens(Source):
         length = (self._tokens[document] - within).clip(max=width)
         arrays = self._arrays()
         if len(arrays) == 1 and self.end_of_document is None:
-            return {"tokens": sliding_window_view(arrays[0], width)[start]}
+            return {"tokens": _windows(arrays[0], start, width)}
         tokens = np.full((len(rows), width), self.end_of_document or 0, arrays[0].dtype)
         for index in np.unique(file).tolist():
             array = arrays[index]
             here = file == index
             inside = np.flatnonzero(here & (start + width <= len(array)))
             if len(inside):
-                tokens[inside] = sliding_window_view(array, width)[start[inside]]
+                tokens[inside] = _windows(array, start[inside], width)
             for row in np.flatnonzero(here & (start + width > len(array))).tolist():
                 tokens[row, : length[row]] = array[start[row] : start[row] + length[row]]
         if self.end_of_document is None:
@@ -182,3 +185,17 @@ class Tokens(Source):
 
     def __str__(self) -> str:
         return describe(self.paths)
+
+
+def _windows(array: NDArray[Any], start: Ints, width: int) -> NDArray[Any]:
+    """`width` tokens from each of `start [n]` on, all inside of `array`: `[n, width]`."""
+    bits = {2: torch.int16, 4: torch.int32}.get(array.itemsize)
+    if bits is None or not array.dtype.isnative or not array.flags.c_contiguous:
+        return sliding_window_view(array, width)[start]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        flat = torch.from_numpy(array.view(f"i{array.itemsize}"))
+    windows = flat.as_strided((len(array) - width + 1, width), (1, 1))
+    out = empty((len(start), width), array.dtype)
+    torch.index_select(windows, 0, torch.from_numpy(start), out=torch.from_numpy(out.view(f"i{array.itemsize}")))
+    return out

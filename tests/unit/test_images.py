@@ -94,10 +94,43 @@ def test_modes_and_sizes():
         DecodeImages()(mixed)
 
 
-def test_jpegs_as_pillow_reads_them():
-    content = encoded(noise(3, 16, 16, 3), "JPEG")
-    expected = np.asarray(Image.open(io.BytesIO(content)))
+def smooth(height, width, channels=3):
+    """What a photograph is like: neighbours are alike."""
+    coarse = noise(height, max(1, height // 4), max(1, width // 4), channels)
+    mode = {1: "L", 3: "RGB", 4: "CMYK"}[channels]
+    small = Image.frombytes(mode, coarse.shape[1::-1], coarse.tobytes())
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 17), (1, 1), (200, 7)])
+@pytest.mark.parametrize(
+    ("channels", "options"),
+    [
+        (3, {}),
+        (3, {"subsampling": 0, "quality": 97}),
+        (3, {"subsampling": 1, "quality": 40, "optimize": True}),
+        (3, {"progressive": True}),
+        (3, {"restart_marker_blocks": 1}),
+        (3, {"exif": b"Exif\x00\x00" + Image.Exif().tobytes()[6:]}),
+        (1, {}),
+        (4, {}),
+    ],
+    ids=["plain", "4:4:4", "4:2:2", "progressive", "restarts", "exif", "grey", "CMYK"],
+)
+def test_jpegs_as_pillow_reads_them(size, channels, options):
+    file = io.BytesIO()
+    smooth(*size, channels).save(file, "JPEG", **options)
+    content = file.getvalue()
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
     assert np.array_equal(DecodeImages("jpg")({"jpg": [content]})["jpg"][0].numpy(), expected)
+    trailing = DecodeImages("jpg")({"jpg": [content + b"rest"]})["jpg"][0].numpy()
+    assert np.array_equal(trailing, expected)
+
+
+def test_a_jpeg_that_is_cut_off():
+    content = encoded(smooth(64, 64), "JPEG")
+    with pytest.raises(DataError, match="image file is truncated"):
+        DecodeImages("jpg")({"jpg": [content[:-200]]})
 
 
 @pytest.mark.parametrize(

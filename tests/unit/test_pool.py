@@ -1,0 +1,186 @@
+"""Memory that is used again: never while anybody can see it, and not without bound."""
+
+import gc
+import itertools
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+from ddp_stream import pool
+from ddp_stream.sources import decoded
+from ddp_stream.sources.memory import gather
+
+LARGE = (300_000,)
+
+
+@pytest.fixture(autouse=True)
+def _empty_pool():
+    gc.collect()
+    pool._free.clear()
+
+
+def address(array):
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr()
+
+
+def test_memory_is_used_again_when_the_array_is_gone():
+    array = pool.empty(LARGE, np.float32)
+    first = address(array)
+    del array
+    assert address(pool.empty((3, 100_000), np.int32)) == first
+    smaller = pool.empty((299_000,), np.float32)  # a little smaller: the same memory
+    assert address(smaller) == first
+    assert address(pool.empty(LARGE, np.float32)) != first
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda array: array[5:10],
+        lambda array: array.reshape(3, -1).T[1],
+        lambda array: array.view(np.uint8),
+        lambda array: torch.from_numpy(array)[7:9],
+        lambda array: memoryview(array)[3:4],
+    ],
+    ids=["slice", "reshaped", "other type", "tensor", "memoryview"],
+)
+def test_a_view_keeps_the_memory(view):
+    array = pool.empty(LARGE, np.float32)
+    first = address(array)
+    part = view(array)
+    del array
+    assert address(pool.empty(LARGE, np.float32)) != first
+    del part
+    gc.collect()
+    assert any(address(block) == first for blocks in pool._free.values() for block in blocks)
+
+
+def test_tensors_of_any_type_and_of_no_value():
+    for dtype in (torch.bfloat16, torch.float64, torch.bool):
+        tensor = pool.empty_tensor((500, 300), dtype)
+        assert tensor.dtype == dtype
+        assert tensor.shape == (500, 300)
+        tensor.fill_(1)
+        assert tensor.sum() == 150_000 or dtype == torch.bfloat16
+    assert pool.empty_tensor((0, 4), torch.float32).shape == (0, 4)
+    assert pool.empty((0, 4), np.float32).shape == (0, 4)
+    assert pool.empty((2,), np.dtype("<U3")).tolist() is not None
+
+
+def test_what_is_kept_has_a_bound(monkeypatch):
+    monkeypatch.setattr(pool, "FREE_BYTES", 3_000_000)
+    several = [pool.empty(LARGE, np.float32) for _ in range(5)]  # 1.2 MB each
+    del several
+    assert 0 < sum(map(len, pool._free.values())) <= 2
+    del_large = pool.empty((1_000_000,), np.float32)
+    del del_large
+    assert sum(size * len(blocks) for size, blocks in pool._free.items()) <= 3_000_000
+
+
+def test_threads_never_share_memory():
+    seen = []
+
+    def work(number):
+        for _ in range(200):
+            array = pool.empty((20_000,), np.int64)
+            array[:] = number
+            seen.append((array == number).all())
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 800
+    assert all(seen)
+
+
+def unaligned(values):
+    memory = np.empty(values.nbytes + 1, np.uint8)
+    array = np.ndarray(values.shape, values.dtype, buffer=memory, offset=1)
+    array[:] = values
+    return array
+
+
+def as_field(values):
+    array = np.zeros(len(values), [("other", np.int64), ("values", values.dtype, values.shape[1:])])
+    array["values"] = values
+    return array["values"]
+
+
+VALUES = np.arange(600_000, dtype=np.float32).reshape(200_000, 3)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        VALUES,
+        np.asfortranarray(VALUES),
+        unaligned(VALUES),
+        as_field(VALUES),
+        VALUES[::-1],
+        VALUES.astype(">f4"),
+        torch.from_numpy(VALUES),
+    ],
+    ids=["plain", "Fortran", "unaligned", "field", "backwards", "big-endian", "tensor"],
+)
+def test_rows_are_gathered_without_a_copy_of_the_column(column):
+    rows = np.array([199_999, 0, 7, 7, 100_000])
+    expected = np.asarray(column)[rows]
+    tracemalloc.start()
+    try:
+        found = gather(column, rows)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(np.asarray(found), expected)
+    assert peak < 100_000  # the column has 2.4 MB
+    assert gather(column, rows[:0]).shape == (0, 3)
+
+
+@pytest.mark.parametrize("row", [-1, 200_000])
+@pytest.mark.parametrize("column", [VALUES, np.asfortranarray(VALUES), torch.from_numpy(VALUES)])
+def test_a_row_that_is_not_there_is_an_error(column, row):
+    with pytest.raises(IndexError):
+        gather(column, np.array([0, row]))
+
+
+def blocks_of(size, log):
+    """Blocks of `size` bytes; `log` gets every block that is decoded, and by which thread."""
+
+    def decode(block):
+        log.append((block, threading.current_thread().name.split("_")[0]))
+        return {"x": np.full(size // 8, block, np.int64)}, size // 8, size
+
+    return decoded.DecodedBlocks(decode)
+
+
+def test_reading_ahead_makes_room_among_blocks_of_before(monkeypatch):
+    monkeypatch.setattr(decoded, "CACHE_BYTES", 4 * 8000)
+    log = []
+    blocks = blocks_of(8000, log)
+    pairs = [[number, number + 1] for number in range(0, 20, 2)]
+    blocks.ahead(pairs[0])
+    for now, then in itertools.pairwise(pairs):
+        blocks.ahead(then)
+        columns, starts = blocks.join(now)
+        assert columns["x"][starts].tolist() == now
+    blocks.join(pairs[-1])
+    assert [block for block, _ in log] == list(range(20))
+    assert {name for _, name in log} == {"decode"}
+
+
+def test_reading_ahead_drops_no_block_that_comes_next(monkeypatch):
+    monkeypatch.setattr(decoded, "CACHE_BYTES", 3 * 8000)
+    log = []
+    blocks = blocks_of(8000, log)
+    blocks.ahead([0, 1])
+    blocks.ahead([0, 1])
+    blocks.join([0, 1])
+    blocks.ahead([2, 3, 4])  # there is room for one beside what was asked for before
+    blocks.join([0, 1])
+    blocks.join([2, 3, 4])
+    assert sorted(block for block, _ in log) == [0, 1, 2, 3, 4]
