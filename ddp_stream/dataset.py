@@ -141,11 +141,19 @@ class SpanReader(IterableDataset[Any]):
         epoch, offset = self.position.tolist()
         info = get_worker_info()
         if info is None:
-            return self.spans(epoch, offset, 0, 1)
+            return self._from_first_step(epoch, offset)
         if self._packer is None:
             self._packer = Packer(self.loader, info.id)
         self._packer.begin()
         return map(self._packer.pack, self.spans(epoch, offset, info.id, info.num_workers))
+
+    def _from_first_step(self, epoch: int, offset: int) -> Iterator[Span]:
+        """All spans, read in this process: the first step by itself, which need not wait for the rest of its span."""
+        steps = self.plan.steps(offset)
+        if steps > 0:
+            yield self.span(epoch, offset, 1, self.rows(self.order(epoch), offset, 1))
+        if steps > 1:
+            yield from self.spans(epoch, offset + self.plan.stride, 0, 1)
 
     def spans(self, epoch: int, offset: int, worker: int, num_workers: int) -> Iterator[Span]:
         """The spans that `worker` of `num_workers` reads from `offset` on."""

@@ -14,6 +14,7 @@ import torch
 from ddp_stream.batch import as_tensor
 from ddp_stream.pool import empty, empty_tensor
 from ddp_stream.sources.base import Column, Columns, DataError
+from ddp_stream.sources.interleaved import rows_of
 
 
 class DecodeImages:
@@ -83,9 +84,12 @@ class DecodeImages:
 
 def side_by_side(columns: Sequence[Column]) -> torch.Tensor:
     """Columns of numbers `[rows]` or `[rows, ...]` as one tensor `[rows, n]`, float32."""
+    neighbours = rows_of(columns)
+    if neighbours is not None:
+        columns = [neighbours]
     parts: list[torch.Tensor] = [as_tensor(column) for column in columns]
     parts = [part.flatten(1) if part.dim() > 1 else part.unsqueeze(1) for part in parts]
-    if len(parts) == 1 and parts[0].dtype == torch.float32:
+    if len(parts) == 1 and parts[0].dtype == torch.float32 and parts[0].is_contiguous():
         return parts[0]
     out = empty_tensor((len(parts[0]), sum(part.shape[1] for part in parts)), torch.float32)
     start = 0

@@ -8,7 +8,7 @@ from typing import Any
 from ddp_stream.deal import Deal, foreseen
 from ddp_stream.doctor.limits import limited
 from ddp_stream.pool import FREE_BYTES
-from ddp_stream.sources.decoded import CACHE_BYTES
+from ddp_stream.sources.decoded import AHEAD_BYTES, CACHE_BYTES
 from ddp_stream.topology import Topology
 from ddp_stream.training.config import TrainConfig
 from ddp_stream.training.data import make_loader, make_source
@@ -51,7 +51,7 @@ def _gather(config: TrainConfig, topology: Topology, facts: dict[str, Any]) -> N
     facts["foreseen"] = foreseen(deal) if topology.rank == 0 else []
     ahead = (loader.messages_ahead + 1) * deal.message_bytes if loader.num_workers else 0
     facts["shm_bytes"] = ahead
-    decoding = (CACHE_BYTES if deal.block_count else 0) + min(FREE_BYTES, 2 * deal.message_bytes)
+    decoding = (CACHE_BYTES + AHEAD_BYTES if deal.block_count else 0) + min(FREE_BYTES, 2 * deal.message_bytes)
     facts["memory_bytes"] = ahead + deal.num_workers * decoding
     facts["messages_ahead"] = loader.messages_ahead
     started = time.monotonic()

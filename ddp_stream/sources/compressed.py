@@ -102,7 +102,7 @@ class CompressedText(BatchSource):
             _log.warning("%s is damaged (%s): %s is read again", self._file, error, self)
             self._file.unlink(missing_ok=True)
             self._made(self.paths)
-            self._handles.clear()
+            self._handles = None
             return super()._batch(batch, keep)
 
     def _made(self, files: list[str]) -> Arrays:

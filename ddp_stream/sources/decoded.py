@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +16,11 @@ from ddp_stream.texts import Texts, end_to_end
 
 CACHE_BYTES = 64 << 20
 """Decoded blocks that a process keeps beyond the ones that its current rows need."""
+AHEAD_BYTES = 48 << 20
+"""Blocks on their way, about: those of the current rows and of the next."""
 
 Values = NDArray[Any] | Texts | list[Any]
-Block = dict[str, Values]
+Block = dict[Any, Values]
 Decode = Callable[[int], tuple[Block, int, int]]
 """From the number of a block to its columns, its rows, and its size in bytes."""
 
@@ -28,41 +29,31 @@ class DecodedBlocks:
     """The decoded blocks of one process.
 
     Args:
-        decode: decodes one block; called by one thread at a time
+        decode: decodes one block; called by two threads at once
     """
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._kept: OrderedDict[int, tuple[Block, int, int]] = OrderedDict()
-        self._ahead: set[int] = set()  # what was asked for last
         self._coming: dict[int, Future[tuple[Block, int, int]]] = {}
         self._thread: ThreadPoolExecutor | None = None
-        self._one_at_a_time = threading.Lock()
         self._joined: tuple[dict[int, int], Block] = ({}, {})
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def ahead(self, blocks: Sequence[int]) -> None:
-        """Begin to decode `blocks` in a thread, if they fit beside those that were asked for the time before.
-
-        Others that were used before make room for them.
-        """
-        needed = {*self._ahead, *blocks}
-        self._ahead = set(blocks)
-        held = sum(size for _, _, size in self._kept.values())
-        mean = held // len(self._kept) if self._kept else 0
+        """Begin to decode `blocks` in a thread, as many as may be on their way."""
+        sizes = [size for _, _, size in self._kept.values()]
+        mean = sum(sizes) // len(sizes) if sizes else 0
         for block in blocks:
             if block in self._kept or block in self._coming:
                 continue
-            while held + (len(self._coming) + 1) * mean > CACHE_BYTES:
-                old = next((kept for kept in self._kept if kept not in needed), None)
-                if old is None:
-                    return
-                held -= self._kept.pop(old)[2]
+            if (len(self._coming) + 1) * mean > AHEAD_BYTES:
+                return
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
-            self._coming[block] = self._thread.submit(self._decode_alone, block)
+            self._coming[block] = self._thread.submit(self._decode, block)
 
     def get(self, block: int) -> Block:
         """The columns of one block."""
@@ -90,19 +81,23 @@ class DecodedBlocks:
         return columns, np.array([starts[block] for block in blocks], np.int64)
 
     def _fetch(self, blocks: Sequence[int]) -> list[tuple[Block, int, int]]:
+        missing = [block for block in blocks if block not in self._kept]
+        if len(missing) > 1:
+            self.ahead(missing)
+        # The thread takes the first one first. What it has not begun by then is decoded here, from the last one on.
+        for block in reversed(missing):
+            coming = self._coming.get(block)
+            if coming is None or coming.cancel():
+                self._coming.pop(block, None)
+                self._kept[block] = self._decode(block)
         for block in blocks:
-            if block not in self._kept:
-                coming = self._coming.pop(block, None)
-                self._kept[block] = self._decode_alone(block) if coming is None else coming.result()
+            if block in self._coming:
+                self._kept[block] = self._coming.pop(block).result()
             self._kept.move_to_end(block)
         held = sum(size for _, _, size in self._kept.values())
         while len(self._kept) > len(blocks) and held > CACHE_BYTES:
             held -= self._kept.popitem(last=False)[1][2]
         return [self._kept[block] for block in blocks]
-
-    def _decode_alone(self, block: int) -> tuple[Block, int, int]:
-        with self._one_at_a_time:
-            return self._decode(block)
 
 
 def _laid_end_to_end(parts: Sequence[Values]) -> Values:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,12 @@ import pyarrow as pa
 from ddp_stream.sources.base import Columns, DataError, Ints, Source, before, check_columns, fingerprint_of, original
 from ddp_stream.sources.decode import decode_column
 from ddp_stream.sources.decoded import Block, DecodedBlocks
+from ddp_stream.sources.interleaved import interleave, separate
 from ddp_stream.sources.memory import gather
 from ddp_stream.sources.paths import describe, file_identity, has_changed, stamp_of
 from ddp_stream.sources.selection import bad_values
+
+_MOST_OPEN = 16  # files, in every thread
 
 
 class BlockSource(Source):
@@ -50,7 +54,7 @@ class BlockSource(Source):
         self._block_rows = _equal_size(offsets)
         self._schema = schema
         self._decoded: DecodedBlocks | None = None
-        self._handles: OrderedDict[int, Any] = OrderedDict()
+        self._handles: _Handles | None = None
         self._pid = os.getpid()
 
     @abstractmethod
@@ -121,14 +125,15 @@ class BlockSource(Source):
         return stamp_of(self.paths, type(self).__name__, self._schema.names, self.fill_null, self._dropped.tolist())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decoded": None, "_handles": OrderedDict(), "_reasons": {}}
+        return {**self.__dict__, "_decoded": None, "_handles": None, "_reasons": {}}
 
     def __str__(self) -> str:
         return describe(self.paths)
 
     def take(self, rows: Ints) -> Columns:
         if len(rows) == 0:
-            return {name: values[:0] for name, values in self._block(0).items()} if len(self) else {}
+            nothing = {name: values[:0] for name, values in self._block(0).items()} if len(self) else {}
+            return separate(nothing, self._schema.names if nothing else [])
         block, touched = self._touched(rows)
         columns, starts = self._blocks().join(touched.tolist())
         # From a row to its place in the joined columns it is the same way for all rows of a block.
@@ -136,7 +141,8 @@ class BlockSource(Source):
         way[touched - touched[0]] = starts - self._offsets[touched]
         places = way.take(block - touched[0])
         places += rows
-        return {name: gather(values, places) for name, values in columns.items()}
+        taken = {name: gather(values, places) for name, values in columns.items()}
+        return separate(taken, self._schema.names)
 
     def ahead(self, rows: Ints) -> None:
         if len(rows):
@@ -156,7 +162,7 @@ class BlockSource(Source):
     def _blocks(self) -> DecodedBlocks:
         if self._decoded is None or self._pid != os.getpid():
             # After a fork the parent's handles, with their positions in files, and its thread are not ours.
-            self._handles, self._decoded, self._pid = OrderedDict(), DecodedBlocks(self._decode_block), os.getpid()
+            self._handles, self._decoded, self._pid = None, DecodedBlocks(self._decode_block), os.getpid()
         return self._decoded
 
     def _block(self, block: int) -> Block:
@@ -177,7 +183,8 @@ class BlockSource(Source):
         }
         arrays = [values for values in decoded.values() if not isinstance(values, list)]
         # An Arrow table takes long to say how large it is.
-        return decoded, expected, sum(v.nbytes for v in arrays) if len(arrays) == len(decoded) else table.nbytes
+        size = sum(v.nbytes for v in arrays) if len(arrays) == len(decoded) else table.nbytes
+        return interleave(decoded), expected, size
 
     def where(self, row: int) -> str:
         block = int(np.searchsorted(self._offsets, row, side="right")) - 1
@@ -233,12 +240,22 @@ class BlockSource(Source):
         return int(self._whole_offsets[block] - self._whole_offsets[first_of_file])
 
     def _handle(self, file: int) -> Any:
-        if file not in self._handles:
-            self._handles[file] = self._open(self.paths[file])
-            while len(self._handles) > 16:
-                self._handles.popitem(last=False)
-        self._handles.move_to_end(file)
-        return self._handles[file]
+        if self._handles is None:
+            self._handles = _Handles()
+        opened = self._handles.opened
+        if file not in opened:
+            opened[file] = self._open(self.paths[file])
+            while len(opened) > _MOST_OPEN:
+                opened.popitem(last=False)
+        opened.move_to_end(file)
+        return opened[file]
+
+
+class _Handles(threading.local):
+    """The files that this thread has open, since a handle is not for two threads at once; the one used last at the end."""
+
+    def __init__(self) -> None:
+        self.opened: OrderedDict[int, Any] = OrderedDict()
 
 
 def _equal_size(offsets: Ints) -> int | None:

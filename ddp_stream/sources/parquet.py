@@ -56,11 +56,13 @@ class Parquet(BlockSource):
             raise DataError(f"{path} is no Parquet file that can be read: {error}") from None
 
     def _read_block(self, handle: Any, block: int) -> pa.Table:
-        path = self.paths[self._block_file[block]]
+        path, group = self.paths[self._block_file[block]], int(self._group[block])
+        if group >= handle.num_row_groups:
+            raise has_changed(path, f"it had a row group {group} and has {handle.num_row_groups} row groups")
         try:
-            table = handle.read_row_group(int(self._group[block]), columns=self._schema.names)
+            table = handle.read_row_group(group, columns=self._schema.names)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: row group {self._group[block]} cannot be read: {error}") from None
+            raise DataError(f"{path}: row group {group} cannot be read: {error}") from None
         missing = set(self._schema.names) - set(table.column_names)
         if missing:
             raise has_changed(path, f"it has no column {min(missing)!r} any more")

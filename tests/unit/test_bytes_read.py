@@ -30,15 +30,15 @@ class CountingFile:
 
 
 class CountingParquet(Parquet):
-    """Parquet files of which every byte that is read is counted."""
+    """Parquet files of which every byte that is read is counted, by whichever thread."""
 
     def _open(self, path):
-        self.file = CountingFile(path)
-        return pq.ParquetFile(self.file)
+        self.files = [*getattr(self, "files", []), CountingFile(path)]
+        return pq.ParquetFile(self.files[-1])
 
     @property
     def count(self):
-        return self.file.count
+        return sum(file.count for file in self.files)
 
 
 @pytest.fixture

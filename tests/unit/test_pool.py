@@ -1,7 +1,6 @@
 """Memory that is used again: never while anybody can see it, and not without bound."""
 
 import gc
-import itertools
 import threading
 import tracemalloc
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from ddp_stream import pool
-from ddp_stream.sources import decoded
 from ddp_stream.sources.memory import gather
 
 LARGE = (300_000,)
@@ -146,41 +144,3 @@ def test_rows_are_gathered_without_a_copy_of_the_column(column):
 def test_a_row_that_is_not_there_is_an_error(column, row):
     with pytest.raises(IndexError):
         gather(column, np.array([0, row]))
-
-
-def blocks_of(size, log):
-    """Blocks of `size` bytes; `log` gets every block that is decoded, and by which thread."""
-
-    def decode(block):
-        log.append((block, threading.current_thread().name.split("_")[0]))
-        return {"x": np.full(size // 8, block, np.int64)}, size // 8, size
-
-    return decoded.DecodedBlocks(decode)
-
-
-def test_reading_ahead_makes_room_among_blocks_of_before(monkeypatch):
-    monkeypatch.setattr(decoded, "CACHE_BYTES", 4 * 8000)
-    log = []
-    blocks = blocks_of(8000, log)
-    pairs = [[number, number + 1] for number in range(0, 20, 2)]
-    blocks.ahead(pairs[0])
-    for now, then in itertools.pairwise(pairs):
-        blocks.ahead(then)
-        columns, starts = blocks.join(now)
-        assert columns["x"][starts].tolist() == now
-    blocks.join(pairs[-1])
-    assert [block for block, _ in log] == list(range(20))
-    assert {name for _, name in log} == {"decode"}
-
-
-def test_reading_ahead_drops_no_block_that_comes_next(monkeypatch):
-    monkeypatch.setattr(decoded, "CACHE_BYTES", 3 * 8000)
-    log = []
-    blocks = blocks_of(8000, log)
-    blocks.ahead([0, 1])
-    blocks.ahead([0, 1])
-    blocks.join([0, 1])
-    blocks.ahead([2, 3, 4])  # there is room for one beside what was asked for before
-    blocks.join([0, 1])
-    blocks.join([2, 3, 4])
-    assert sorted(block for block, _ in log) == [0, 1, 2, 3, 4]

@@ -860,7 +860,7 @@ def test_the_cache_gives_back_what_it_keeps(monkeypatch):
     monkeypatch.setattr(source, "_read_block", lambda handle, b: decoded.append(b) or read_block(handle, b))
     for _ in range(3):
         read(source)
-    assert decoded == list(range(10))  # all 10 blocks fit: each is decoded once
+    assert sorted(decoded) == list(range(10))  # all 10 blocks fit: each is decoded once
     monkeypatch.setattr(decoded_module, "CACHE_BYTES", 0)
     source = Parquet("a.parquet")
     for _ in range(2):
@@ -874,7 +874,7 @@ def test_many_files_are_not_all_kept_open():
     paths = [write_parquet(f"{i:02}.parquet", {"x": [i]}) for i in range(40)]
     source = Parquet(paths)
     read_in_any_order(source, {"x": list(range(40))})
-    assert len(source._handles) <= 16
+    assert 1 < len(source._handles.opened) <= 16
 
 
 def sources_of_three_blocks():

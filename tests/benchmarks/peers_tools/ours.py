@@ -18,7 +18,7 @@ from peers_tools.data import BATCH, NAMES, WINDOW, shards
 # memory. Real ones do not, so every epoch is made to decode every block.
 if not hasattr(decoded, "CACHE_BYTES"):
     raise RuntimeError("ddp_stream.sources.decoded.CACHE_BYTES is gone: find out what later epochs read, and mend this")
-decoded.CACHE_BYTES = 9 << 20  # two windows
+decoded.CACHE_BYTES = 0
 
 
 def stack(columns: Mapping[str, Any]) -> dict[str, Any]:
