@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ import pyarrow.parquet as pq
 from ddp_stream.sources.base import DataError
 from ddp_stream.sources.files import BlockSource
 from ddp_stream.sources.paths import chosen_columns, existing_files, has_changed, same_columns, schema_difference
+
+_MOST_FOOTERS = 16
 
 
 class Parquet(BlockSource):
@@ -27,6 +30,7 @@ class Parquet(BlockSource):
         self, paths: str | Sequence[str], fill_null: float | None = None, columns: Sequence[str] | None = None
     ) -> None:
         files = existing_files(paths)
+        self._footers: dict[str, tuple[Any, pq.FileMetaData]] = {}
         sizes: list[int] = []
         block_file: list[int] = []
         self_group: list[int] = []
@@ -51,9 +55,19 @@ class Parquet(BlockSource):
 
     def _open(self, path: str) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(path)  # not mapped: its pages would count as memory, for no gain in speed
+            stat = os.stat(path)
+            version = stat.st_ino, stat.st_size, stat.st_mtime_ns
+            known, footer = self._footers.get(path, (None, None))
+            # Not mapped: its pages would count as memory, for no gain in speed.
+            file = pq.ParquetFile(path, metadata=footer if known == version else None)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path} is no Parquet file that can be read: {error}") from None
+        if len(self._footers) < _MOST_FOOTERS:  # the other thread opens it, too, and a footer may be large
+            self._footers[path] = version, file.metadata
+        return file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_footers": {}}
 
     def _read_block(self, handle: Any, block: int) -> pa.Table:
         path, group = self.paths[self._block_file[block]], int(self._group[block])
