@@ -58,8 +58,13 @@ class Span:
 class Packed:
     """A span on its way between processes.
 
+    A tensor in here would take a socket to cross; there is none but the block, the first time.
+
     Attributes:
-        span: the span, without its tensors; the Arrow type in place of strings or bytes
+        epoch: the epoch of all its steps
+        offset: lane offset of its first step
+        steps: how many steps
+        others: the columns that are no tensors; the Arrow type in place of strings or bytes
         layout: name, type, shape and place in the block of every tensor; the row ids have the name ""
         loader: which of the rank's loaders it is for
         worker: who sent it
@@ -68,7 +73,10 @@ class Packed:
         block: the block itself, `[bytes]` uint8, when the rank has not got it before
     """
 
-    span: Span
+    epoch: int
+    offset: int
+    steps: int
+    others: dict[str, Any]
     layout: Layout
     loader: int
     worker: int
@@ -120,9 +128,9 @@ class Packer:
         _head(block)[_FILLED] = self._messages
         for (_, dtype, shape, start), tensor in zip(layout, tensors.values(), strict=True):
             _view(block, dtype, shape, start).copy_(tensor)
-        rest = Span(span.epoch, span.offset, span.steps, others, span.rows[:0])
         sent = block if fresh else None
-        return Packed(rest, layout, self._loader, self._worker, block_id, self._messages, sent)
+        place = span.epoch, span.offset, span.steps
+        return Packed(*place, others, layout, self._loader, self._worker, block_id, self._messages, sent)
 
     def _block(self, nbytes: int) -> tuple[int, torch.Tensor, bool]:
         free = [block_id for block_id, head in self._heads.items() if head[_RELEASED] == head[_FILLED]]
@@ -171,13 +179,13 @@ class Unpacker:
         columns: dict[str, Any] = {
             name: _view(block, dtype, shape, start) for name, dtype, shape, start in packed.layout
         }
-        rows, span = columns.pop(""), packed.span
-        for name, value in span.columns.items():
+        rows = columns.pop("")
+        for name, value in packed.others.items():
             if isinstance(value, pa.DataType):
                 columns[name] = Texts.joined(value, columns.pop(name + _OFFSETS), columns.pop(name + _BYTES))
             else:
                 columns[name] = value
-        return Span(span.epoch, span.offset, span.steps, columns, rows)
+        return Span(packed.epoch, packed.offset, packed.steps, columns, rows)
 
 
 def _release(head: NDArray[np.int64], message: int) -> None:

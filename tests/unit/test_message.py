@@ -158,7 +158,7 @@ def test_nothing_piles_up(num_workers: int, tmp_path: Path, monkeypatch: pytest.
         assert sum(len(batch.rows) for batch in loader) == 5000
         counts.append(held())
     early, late = counts[1], counts[-1]
-    assert late[1] == early[1]
+    assert late[1] <= early[1]
     # How many blocks are in use at once is a matter of timing, but has an end.
     assert late[0] <= early[0] + 2 * ddp_stream.message._MOST_BLOCKS
     assert late[2] <= 2 * ddp_stream.message._MOST_BLOCKS

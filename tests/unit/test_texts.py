@@ -62,7 +62,7 @@ def test_strings_cross_in_the_block():
     packer, unpacker = Packer(0, 0), Unpacker()
     columns = {"list": list(WORDS), "texts": Texts(pa.array(WORDS)), "bytes": [b"\xff", *[b""] * 6], "none": [None] * 7}
     message = packer.pack(Span(0, 0, 1, columns, torch.arange(7)))
-    sent = {name: str(value) for name, value in message.span.columns.items()}
+    sent = {name: str(value) for name, value in message.others.items()}
     assert sent == {"list": "string", "texts": "string", "bytes": "binary", "none": str([None] * 7)}
     span = unpacker.unpack(message)
     assert {name: list(column) for name, column in span.columns.items()} == {
