@@ -22,13 +22,14 @@ _free: dict[int, list[NDArray[np.uint8]]] = {}  # by size
 class _Lent(np.ndarray):  # type: ignore[type-arg]
     """What an array from the pool has as its base, and views of that array have: it is there as long as one of them."""
 
-    def __del__(self, free: dict[int, list[NDArray[np.uint8]]] = _free) -> None:
+    # The defaults are for the end of the program, when the names of a module may be gone before its last array.
+    def __del__(self, free: dict[int, list[NDArray[np.uint8]]] = _free, most: int = FREE_BYTES) -> None:
         block = self.base
         if block is None:
             return
-        if sum(size * len(blocks) for size, blocks in list(free.items())) + len(block) > FREE_BYTES:
+        if sum(size * len(blocks) for size, blocks in list(free.items())) + len(block) > most:
             free.clear()  # of sizes that were in use once
-        if len(block) <= FREE_BYTES:
+        if len(block) <= most:
             free.setdefault(len(block), []).append(block)
 
 

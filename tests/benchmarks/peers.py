@@ -39,6 +39,7 @@ PACKAGES = [
     *("torchdata", "datasets", "webdataset", "mosaicml-streaming", "litdata", "grain"),
 ]
 CONVERTED = ("hf-map", "webdataset", "mosaic", "litdata")
+READS_OTHERS = {("4", "hf-stream"): "hf-map", ("4", "hf-arrow"): "hf-map"}
 UNSHUFFLED = ("ours", "bare", "bare-stacked", "torch-getitems", "hf-arrow")
 
 
@@ -70,6 +71,7 @@ def measure(arguments: argparse.Namespace, folder: Path, raw: dict[str, Any]) ->
     for case in arguments.case:
         make(CASES[case], folder)
         for tool in tools_of(arguments, case):
+            tool = READS_OTHERS.get((case, tool), tool)
             if tool in CONVERTED and f"{case} {tool}" not in raw["conversions"]:
                 job = {"what": "convert", "case": case, "tool": tool, "workers": 0, "shuffle": shuffle}
                 raw["conversions"][f"{case} {tool}"] = child(600, folder=str(folder), **job)
@@ -123,6 +125,77 @@ def table(raw: dict[str, Any]) -> str:
     seconds = {name: round(value.get("convert_s", -1), 1) for name, value in raw["conversions"].items()}
     lines.append(f"Seconds to convert (case, loader): {seconds}")
     return "\n".join(lines)
+
+
+def brief(raw: dict[str, Any]) -> str:
+    """The tables of the README: rows a second in every case, what else is known of case 1, and of resuming."""
+    found: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
+    for record in raw["records"]:
+        if record["shuffle"]:
+            found[(record["tool"], record["case"], record["workers"])].append(record)
+    tools = [tool for tool in TOOLS if any(key[0] == tool for key in found)]
+    cases = [case for case in CASES if any(key[1] == case for key in found)]
+    workers = sorted({key[2] for key in found})
+
+    def cell(tool: str, case: str, figure: Any) -> str:
+        texts = []
+        for count in workers:
+            good = [record for record in found.get((tool, case, count), []) if "error" not in record]
+            values = [value for record in good if (value := figure(record)) is not None]
+            texts.append(short(statistics.median(values)) if values else "-")
+        return " / ".join(texts) if any(text != "-" for text in texts) else ""
+
+    lines = ["| 1,000 rows/s | " + " | ".join(CASES[case].label for case in cases) + " |"]
+    lines.append("|---" * (len(cases) + 1) + "|")
+    for tool in tools:
+        cells = (cell(tool, case, lambda record: record["rows_per_s"] / 1000) for case in cases)
+        lines.append(f"| {tool} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| Parquet | first batch, ms | resume at 10%, ms | at 90%, ms | peak MB | rows after a resume, all cases |",
+    ]
+    lines.append("|---" * 6 + "|")
+    for tool in tools:
+        resumes = [
+            (key[1], figures)
+            for key, records in found.items()
+            if key[0] == tool
+            for record in records
+            for figures in record.get("resume", {}).values()
+            if "union" in figures
+        ]
+        wrong = sorted({CASES[case].label for case, figures in resumes if figures["union"] != "ok"})
+        moved = sorted(
+            {CASES[case].label for case, figures in resumes if figures["union"] == "ok" and not figures["order"]}
+        )
+        said = ["right"] if resumes and not wrong and not moved else []
+        said += [f"lost or repeated in {', '.join(wrong)}"] if wrong else []
+        said += [f"another order in {', '.join(moved)}"] if moved else []
+        cells = [
+            cell(tool, "1", lambda record: record["first_s"] * 1000),
+            cell(tool, "1", lambda record: resumed_ms(record, "10")),
+            cell(tool, "1", lambda record: resumed_ms(record, "90")),
+            cell(tool, "1", lambda record: record["peak_mb"]),
+            "; ".join(said),
+        ]
+        lines.append(f"| {tool} | " + " | ".join(cells) + " |")
+    repeats = [len(records) for records in found.values()]
+    counts = f"{min(repeats)} to {max(repeats)}" if min(repeats) < max(repeats) else str(max(repeats))
+    lines += ["", f"{' / '.join(map(str, workers))} workers; medians of {counts} repeats. {raw['machine']}"]
+    return "\n".join(lines)
+
+
+def resumed_ms(record: dict[str, Any], percent: str) -> float | None:
+    seconds = record.get("resume", {}).get(percent, {}).get("resume_s")
+    return None if seconds is None else seconds * 1000
+
+
+def short(value: float) -> str:
+    """
+    >>> short(12345.6), short(1.234)
+    ('12,346', '1.2')
+    """
+    return f"{value:,.0f}" if value >= 20 else f"{value:.1f}"
 
 
 def speed(records: list[dict[str, Any]]) -> float:
@@ -183,6 +256,7 @@ def main() -> None:
     parser.add_argument("--shuffle", choices=["on", "off"], default="on")
     parser.add_argument("--data", type=Path, help="where the data is made and kept; a temporary directory by default")
     parser.add_argument("--json", type=Path, help="keep the raw figures here, beside the ones that are there")
+    parser.add_argument("--brief", action="store_true", help="print the tables of the README only")
     parser.add_argument("--budget_s", type=float, help="begin no measurement after so many seconds")
     arguments = parser.parse_args()
     arguments.tool = arguments.tool or [t for t in TOOLS if arguments.shuffle == "on" or t in UNSHUFFLED]
@@ -192,7 +266,7 @@ def main() -> None:
         raw |= json.loads(arguments.json.read_text())
     with tempfile.TemporaryDirectory() as temporary:
         measure(arguments, arguments.data or Path(temporary), raw)
-    print(table(raw))
+    print(brief(raw) if arguments.brief else table(raw))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Memory that is used again: never while anybody can see it, and not without bound."""
 
 import gc
+import subprocess
+import sys
 import threading
 import tracemalloc
 
@@ -68,14 +70,25 @@ def test_tensors_of_any_type_and_of_no_value():
     assert pool.empty((2,), np.dtype("<U3")).tolist() is not None
 
 
-def test_what_is_kept_has_a_bound(monkeypatch):
-    monkeypatch.setattr(pool, "FREE_BYTES", 3_000_000)
-    several = [pool.empty(LARGE, np.float32) for _ in range(5)]  # 1.2 MB each
+def test_what_is_kept_has_a_bound():
+    megabytes = pool.FREE_BYTES >> 20
+    several = [pool.empty((3 << 20,), np.uint8) for _ in range(megabytes // 2)]
+    assert not pool._free
     del several
-    assert 0 < sum(map(len, pool._free.values())) <= 2
-    del_large = pool.empty((1_000_000,), np.float32)
-    del del_large
-    assert sum(size * len(blocks) for size, blocks in pool._free.items()) <= 3_000_000
+    assert 0 < len(pool._free[3 << 20]) * 3 <= megabytes
+    large = pool.empty((pool.FREE_BYTES - (1 << 20),), np.uint8)  # what was in use once makes room for it
+    del large
+    assert [len(blocks) for blocks in pool._free.values()] == [1]
+    too_large = pool.empty((pool.FREE_BYTES + 1,), np.uint8)
+    del too_large
+    assert sum(size * len(blocks) for size, blocks in pool._free.items()) <= pool.FREE_BYTES
+
+
+def test_arrays_that_outlive_the_program_are_no_noise(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from ddp_stream import pool\nkept = [pool.empty((1 << 20,), 'f4') for _ in range(70)]\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stderr == ""
 
 
 def test_threads_never_share_memory():

@@ -105,6 +105,15 @@ def test_pin_memory_pins_columns_and_weight():
     assert (pinned["name"], pinned.epoch, pinned.global_rows) == (batch["name"], 2, 4)
 
 
+def test_of_a_column_among_others_nothing_but_its_values_is_pinned():
+    table = torch.arange(12.0).reshape(3, 4)
+    batch = Batch({"x": table[:, 1]}, weight=torch.ones(3), rows=torch.arange(3))
+    with Calls("pin_memory"):
+        pinned = batch.pin_memory()["x"]
+    assert pinned.tolist() == [1, 5, 9]
+    assert pinned.untyped_storage().nbytes() == 12
+
+
 def test_split_into_micro_batches():
     batch = make_batch(5)
     parts = batch.split(2)

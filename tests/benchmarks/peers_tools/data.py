@@ -34,12 +34,13 @@ _GROUP = 8192
 
 @dataclass(frozen=True)
 class Case:
-    """What is read: `name` as on the command line, `kind` of rows, how many, and the file they are in."""
+    """What is read: `name` as on the command line, `kind` of rows, how many, and the file they are in; how it is called."""
 
     name: str
     kind: str
     rows: int
     file: str
+    label: str
     title: str
 
     @property
@@ -50,12 +51,12 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("1", "table", 200_000, "rows.parquet", "200,000 rows x 32 float32 + label, Parquet (zstd)"),
-        Case("2csv", "table", 200_000, "rows.csv", "the same rows as CSV"),
-        Case("2npy", "matrix", 200_000, "rows.npy", "the same rows as one .npy matrix"),
-        Case("3", "images", 20_000, "images", "20,000 JPEGs of 64x64 in tar shards, decoded"),
-        Case("4", "tokens", 48_828, "tokens.bin", "50 M uint16 tokens, windows of 1,024"),
-        Case("5", "text", 200_000, "text.parquet", "200,000 text rows, Parquet (zstd)"),
+        Case("1", "table", 200_000, "rows.parquet", "Parquet", "200,000 rows x 32 float32 + label, Parquet (zstd)"),
+        Case("2csv", "table", 200_000, "rows.csv", "CSV", "the same rows as CSV"),
+        Case("2npy", "matrix", 200_000, "rows.npy", ".npy", "the same rows as one .npy matrix"),
+        Case("3", "images", 20_000, "images", "JPEG", "20,000 JPEGs of 64x64 in tar shards, decoded"),
+        Case("4", "tokens", 48_828, "tokens.bin", "tokens", "50 M uint16 tokens, windows of 1,024"),
+        Case("5", "text", 200_000, "text.parquet", "text", "200,000 text rows, Parquet (zstd)"),
     )
 }
 
