@@ -16,7 +16,7 @@ class Batch(Mapping[str, Any]):
     """The columns of one rank's share of a global batch, and what is known about its rows.
 
     `batch["name"]` is a tensor `[rows, ...]`, or a list of length `rows` for what no tensor holds. Columns are views
-    of a larger message, and are cut when they are asked for.
+    of a larger message, and are cut when they are asked for: whoever keeps one for long should keep a copy of it.
 
     Attributes:
         weight: `[rows]` float32, 1 for a row and 0 for an empty slot that repeats a row to keep the shape

@@ -68,9 +68,14 @@ class StreamingDataset(IterableDataset[Any]):
             rows = np.arange(first, min(first + _SAMPLES_AT_ONCE, end))
             columns = self.source.take(rows)
             check_taken(columns, len(rows), str(self.source))
-            columns = {name: as_tensor(column) for name, column in as_lists(columns).items()}
+            columns = {name: as_tensor(_by_itself(column)) for name, column in as_lists(columns).items()}
             for index in range(len(rows)):
                 yield sample(columns, index)
+
+
+def _by_itself(column: Any) -> Any:
+    """A column without the others beside which it lies, and which would cross to the main process with every sample."""
+    return np.ascontiguousarray(column) if isinstance(column, np.ndarray) and column.ndim == 1 else column
 
 
 class SpanReader(IterableDataset[Any]):

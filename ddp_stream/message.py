@@ -58,7 +58,7 @@ class Span:
 class Packed:
     """A span on its way between processes.
 
-    A tensor in here would take a socket to cross; there is none but the block, the first time.
+    A tensor in here would take a socket to cross: there is none but the block, the first time, unless columns are nested.
 
     Attributes:
         epoch: the epoch of all its steps

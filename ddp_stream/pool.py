@@ -36,7 +36,7 @@ class _Lent(np.ndarray):  # type: ignore[type-arg]
 def empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """An array like `numpy.empty`'s."""
     dtype = np.dtype(dtype)
-    nbytes = math.prod(shape) * dtype.itemsize
+    nbytes = int(math.prod(shape)) * dtype.itemsize
     if nbytes < _SMALLEST or dtype.hasobject:
         return np.empty(shape, dtype)
     step = 1 << (nbytes.bit_length() - 4)  # at most an eighth more, so that sizes that differ a little share memory

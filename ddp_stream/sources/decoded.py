@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,10 +18,10 @@ from ddp_stream.texts import Texts, end_to_end
 CACHE_BYTES = 64 << 20
 """Decoded blocks that a process keeps beyond the ones that its current rows need."""
 AHEAD_BYTES = 48 << 20
-"""Blocks on their way, about: those of the current rows and of the next."""
+"""Decoded blocks, about, that are on their way or have come and wait, beyond which no more is read ahead."""
 
 Values = NDArray[Any] | Texts | list[Any]
-Block = dict[Any, Values]
+Block = dict[str | tuple[str, ...], Values]
 Decode = Callable[[int], tuple[Block, int, int]]
 """From the number of a block to its columns, its rows, and its size in bytes."""
 
@@ -35,6 +36,7 @@ class DecodedBlocks:
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._kept: OrderedDict[int, tuple[Block, int, int]] = OrderedDict()
+        self._asked: list[int] = []  # of `ahead`, the last time
         self._coming: dict[int, Future[tuple[Block, int, int]]] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._joined: tuple[dict[int, int], Block] = ({}, {})
@@ -43,16 +45,27 @@ class DecodedBlocks:
         return len(self._kept)
 
     def ahead(self, blocks: Sequence[int]) -> None:
-        """Begin to decode `blocks` in a thread, as many as may be on their way."""
+        """Begin to decode `blocks` in a thread, as many as may be on their way.
+
+        What is neither among them nor among those of the call before was for rows that nobody came for: it is given up.
+        """
+        wanted = {*self._asked, *blocks}
+        self._asked = list(blocks)
+        for block in [block for block in self._coming if block not in wanted]:
+            self._coming.pop(block).cancel()
         sizes = [size for _, _, size in self._kept.values()]
-        mean = sum(sizes) // len(sizes) if sizes else 0
+        mean = sum(sizes) // len(sizes) if sizes else AHEAD_BYTES // 2  # not known yet
         for block in blocks:
             if block in self._kept or block in self._coming:
                 continue
             if (len(self._coming) + 1) * mean > AHEAD_BYTES:
                 return
-            if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+            self._submit(block)
+
+    def _submit(self, block: int) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        with contextlib.suppress(RuntimeError):  # no thread starts any more: whoever needs the block decodes it
             self._coming[block] = self._thread.submit(self._decode, block)
 
     def get(self, block: int) -> Block:
@@ -82,8 +95,9 @@ class DecodedBlocks:
 
     def _fetch(self, blocks: Sequence[int]) -> list[tuple[Block, int, int]]:
         missing = [block for block in blocks if block not in self._kept]
-        if len(missing) > 1:
-            self.ahead(missing)
+        for block in missing[:-1]:
+            if block not in self._coming:
+                self._submit(block)
         # The thread takes the first one first. What it has not begun by then is decoded here, from the last one on.
         for block in reversed(missing):
             coming = self._coming.get(block)

@@ -61,8 +61,8 @@ def gather(column: Column, rows: Ints) -> Column:
     if len(rows) and not (rows.min() >= 0 and rows.max() < len(column)):
         raise IndexError(f"rows {rows.min()} to {rows.max()} of a column of {len(column)}")
     if not (column.flags.c_contiguous and column.flags.aligned):
-        return column[rows]  # numpy.take would copy the whole column first
-    # The mode is that which does not take the result through a buffer; nothing is clipped.
+        return np.ascontiguousarray(column[rows])  # numpy.take would copy the whole column first
+    # The mode is that which does not take the result through a buffer; after the check above nothing is clipped.
     return np.take(column, rows, axis=0, out=empty((len(rows), *column.shape[1:]), column.dtype), mode="clip")
 
 

@@ -122,7 +122,7 @@ class ArraySource(Source):
 
 def _gather(arrays: list[NDArray[Any]], offsets: Ints, rows: Ints) -> NDArray[Any]:
     if len(arrays) == 1:
-        return np.ascontiguousarray(gather(arrays[0], rows))
+        return np.asarray(gather(arrays[0], rows))
     values = empty((len(rows), *arrays[0].shape[1:]), arrays[0].dtype)
     part = np.searchsorted(offsets, rows, side="right") - 1
     for index in np.unique(part).tolist():

@@ -55,11 +55,12 @@ class Parquet(BlockSource):
 
     def _open(self, path: str) -> pq.ParquetFile:
         try:
-            stat = os.stat(path)
-            version = stat.st_ino, stat.st_size, stat.st_mtime_ns
+            version = _version(path)
             known, footer = self._footers.get(path, (None, None))
             # Not mapped: its pages would count as memory, for no gain in speed.
             file = pq.ParquetFile(path, metadata=footer if known == version else None)
+            if _version(path) != version:
+                raise has_changed(path, "it was replaced while it was opened")
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path} is no Parquet file that can be read: {error}") from None
         if len(self._footers) < _MOST_FOOTERS:  # the other thread opens it, too, and a footer may be large
@@ -81,3 +82,8 @@ class Parquet(BlockSource):
         if missing:
             raise has_changed(path, f"it has no column {min(missing)!r} any more")
         return table
+
+
+def _version(path: str) -> tuple[int, int, int]:
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -27,6 +27,7 @@ from ddp_stream.sources.paths import (
 )
 
 _SCAN_TOKENS = 8 << 20
+_INTEGERS = {2: np.int16, 4: np.int32}
 
 
 class Tokens(Source):
@@ -70,6 +71,7 @@ class Tokens(Source):
         self.paths = existing_files([file for part in parts for file in expand(part, (".bin", ".npy"))])
         self._lengths: list[int] = []
         self._opened: tuple[int, list[NDArray[Any]]] | None = None
+        self._tensors: list[torch.Tensor | None] = []
         what = f"the list of documents in {describe(self.paths)}"
         if end_of_document is None:
             documents = self._whole_files()
@@ -96,6 +98,7 @@ class Tokens(Source):
                     raise has_changed(path, f"it held {length} tokens and holds {len(array)}")
             self._lengths = [len(array) for array in arrays]
             self._opened = os.getpid(), arrays
+            self._tensors = [_as_integers(array) for array in arrays]
         return self._opened[1]
 
     def _map(self, path: str) -> NDArray[Any]:
@@ -122,7 +125,7 @@ class Tokens(Source):
         return np.asarray(array)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_opened": None, "_tensors": []}
 
     def _whole_files(self) -> Arrays:
         lengths = [len(array) for array in self._arrays()]
@@ -162,14 +165,14 @@ class Tokens(Source):
         length = (self._tokens[document] - within).clip(max=width)
         arrays = self._arrays()
         if len(arrays) == 1 and self.end_of_document is None:
-            return {"tokens": _windows(arrays[0], start, width)}
+            return {"tokens": self._windows(0, start)}
         tokens = np.full((len(rows), width), self.end_of_document or 0, arrays[0].dtype)
         for index in np.unique(file).tolist():
             array = arrays[index]
             here = file == index
             inside = np.flatnonzero(here & (start + width <= len(array)))
             if len(inside):
-                tokens[inside] = _windows(array, start[inside], width)
+                tokens[inside] = self._windows(index, start[inside])
             for row in np.flatnonzero(here & (start + width > len(array))).tolist():
                 tokens[row, : length[row]] = array[start[row] : start[row] + length[row]]
         if self.end_of_document is None:
@@ -177,6 +180,18 @@ class Tokens(Source):
         short = np.flatnonzero(length < width)
         tokens[short] = np.where(np.arange(width) < length[short, None], tokens[short], self.end_of_document)
         return {"tokens": tokens, "length": length}
+
+    def _windows(self, file: int, start: Ints) -> NDArray[Any]:
+        """The windows that begin at `start [n]`, all inside of `file`: `[n, sequence_length + 1]`."""
+        array, tensor, width = self._arrays()[file], self._tensors[file], self.sequence_length + 1
+        if tensor is None:
+            return sliding_window_view(array, width)[start]
+        out = empty((len(start), width), array.dtype)
+        windows = tensor.as_strided((len(array) - width + 1, width), (1, 1))
+        torch.index_select(
+            windows, 0, torch.from_numpy(start), out=torch.from_numpy(out.view(_INTEGERS[array.itemsize]))
+        )
+        return out
 
     def fingerprint(self) -> str:
         files = [file_identity(path) for path in self.paths]
@@ -187,15 +202,10 @@ class Tokens(Source):
         return describe(self.paths)
 
 
-def _windows(array: NDArray[Any], start: Ints, width: int) -> NDArray[Any]:
-    """`width` tokens from each of `start [n]` on, all inside of `array`: `[n, width]`."""
-    bits = {2: torch.int16, 4: torch.int32}.get(array.itemsize)
-    if bits is None or not array.dtype.isnative or not array.flags.c_contiguous:
-        return sliding_window_view(array, width)[start]
+def _as_integers(array: NDArray[Any]) -> torch.Tensor | None:
+    """The tokens as a tensor of their size, from which torch gathers windows quicker than NumPy; None if it cannot."""
+    if array.itemsize not in _INTEGERS or not array.dtype.isnative or not array.flags.c_contiguous or not len(array):
+        return None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        flat = torch.from_numpy(array.view(f"i{array.itemsize}"))
-    windows = flat.as_strided((len(array) - width + 1, width), (1, 1))
-    out = empty((len(start), width), array.dtype)
-    torch.index_select(windows, 0, torch.from_numpy(start), out=torch.from_numpy(out.view(f"i{array.itemsize}")))
-    return out
+        return torch.from_numpy(array.view(_INTEGERS[array.itemsize]))

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,20 @@ def test_jpegs_as_pillow_reads_them(size, channels, options):
     assert np.array_equal(DecodeImages("jpg")({"jpg": [content]})["jpg"][0].numpy(), expected)
     trailing = DecodeImages("jpg")({"jpg": [content + b"rest"]})["jpg"][0].numpy()
     assert np.array_equal(trailing, expected)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, lambda content: np.frombuffer(content, np.uint8)])
+def test_bytes_in_whatever_they_come(kind):
+    content = encoded(smooth(20, 20), "JPEG")
+    expected = DecodeImages("jpg")({"jpg": [content]})["jpg"]
+    assert torch.equal(DecodeImages("jpg")({"jpg": [kind(content)]})["jpg"], expected)
+
+
+def test_without_simplejpeg_pillow_decodes(monkeypatch):
+    content = encoded(smooth(20, 20), "JPEG")
+    expected = DecodeImages("jpg")({"jpg": [content]})["jpg"]
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    assert torch.equal(DecodeImages("jpg")({"jpg": [content]})["jpg"], expected)
 
 
 def test_a_jpeg_that_is_cut_off():
