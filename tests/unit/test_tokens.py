@@ -125,5 +125,5 @@ def test_what_identifies_them():
 
 def test_through_a_loader():
     loader = StreamLoader(Tokens(write("a.bin", range(4001)), 40), 16, num_workers=2)
-    windows = torch.cat([batch["tokens"][batch.weight > 0].long() for batch in loader])
+    windows = torch.cat([batch["tokens"].long()[batch.weight > 0] for batch in loader])
     assert sorted(windows[:, 1:].flatten().tolist()) == list(range(1, 4001))
