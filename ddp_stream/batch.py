@@ -130,9 +130,8 @@ def move(value: Any, device: torch.device | str, non_blocking: bool = True) -> A
 def pin(value: Any) -> Any:
     """`value` with every tensor in it in page-locked memory."""
     if isinstance(value, torch.Tensor):
-        return (
-            value.contiguous().pin_memory()
-        )  # of a column in a wide table, all that lies between would be pinned, too
+        # Of a column in a wide table, all that lies between its values would be pinned, too.
+        return value.contiguous().pin_memory()
     if isinstance(value, Batch):
         return value.pin_memory()
     return _map(value, pin)

@@ -24,7 +24,7 @@ _ROUNDS = 4
 _MIN_DOMAIN = 128  # on fewer points a Feistel network reaches too few of the permutations to be uniform
 _CHUNK = 1 << 14  # rows hashed at a time, so that the temporaries stay in the cache
 
-_FEW_BLOCKS = 16
+_FEW_BLOCKS = 16  # in a span; a comparison for each takes less than a search among all
 
 DEFAULT_BLOCK_ROWS = 4096
 """Block size of the `blocks` order over a source that has no natural blocks."""

@@ -19,7 +19,7 @@ _SMALLEST = 64 << 10  # bytes; malloc has what is smaller at hand
 _free: dict[int, list[NDArray[np.uint8]]] = {}  # by size
 
 
-class _Lent(np.ndarray):  # type: ignore[type-arg]
+class _Lent(np.ndarray[Any, Any]):
     """What an array from the pool has as its base, and views of that array have: it is there as long as one of them."""
 
     # The defaults are for the end of the program, when the names of a module may be gone before its last array.

@@ -92,8 +92,7 @@ class Regression(_Tabular):
         self.n_outputs = self._label(example).shape[1]
 
     def _label(self, column: Any) -> torch.Tensor:
-        label: torch.Tensor = as_tensor(column).to(torch.float32)
-        return label.flatten(1) if label.dim() > 1 else label.unsqueeze(1)
+        return side_by_side([column])
 
     def build_model(self) -> nn.Module:
         return self._mlp(self.n_outputs)
