@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ddp_stream import StreamingDataset
 from ddp_stream.sources import DataError, Parquet, decoded
 from ddp_stream.sources.interleaved import interleave, rows_of, separate
 from ddp_stream.transforms import side_by_side
@@ -209,3 +210,10 @@ def test_a_wide_table_is_read_as_it_was_written(tmp_path):
         assert {name: len(values) for name, values in source.select(chosen).take(rows[:0]).items()} == dict.fromkeys(
             chosen, 0
         )
+
+
+def test_a_sample_of_a_wide_table_drags_no_other_column_along(tmp_path):
+    path = str(tmp_path / "wide.parquet")
+    pq.write_table(pa.table({f"f{index}": np.arange(100, dtype=np.float32) for index in range(20)}), path)
+    sample = next(iter(StreamingDataset(Parquet(path))))
+    assert sample["f3"].untyped_storage().nbytes() == 400
